@@ -1,0 +1,265 @@
+"""The state of a training run and the functions that advance it.
+
+A state holds arrays only and no key: what is random at a step follows from (key, step), so that a
+killed run continues exactly. Optimiser settings are those of Table 3 of the paper (Adam with
+decoupled weight decay); the EMA of the parameters is what is sampled from and shipped.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from unclip_jax.types import Array, Params, UnclipError
+
+Batch = Any  # A pytree of arrays, the leading axis of each is the batch.
+Metrics = dict[str, Array]
+LossFn = Callable[[Params, Batch, Array], tuple[Array, Metrics]]
+TrainStep = Callable[['TrainState', Batch, Array], tuple['TrainState', Metrics]]
+
+
+class TrainState(NamedTuple):
+  """Everything that a run needs to continue.
+
+  Attributes:
+    step: int32 [], the number of updates made.
+    params: the trained parameters, float32.
+    ema_params: their exponential moving average, float32.
+    opt_state: the optimiser's state.
+  """
+
+  step: Array
+  params: Params
+  ema_params: Params
+  opt_state: optax.OptState
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """Adam with decoupled weight decay. The defaults are the decoder's in Table 3.
+
+  Attributes:
+    learning_rate: the peak, reached at the end of the warm-up.
+    b1, b2, eps: Adam's.
+    weight_decay: decoupled; not applied to biases and norms (arrays of at most one axis).
+    warmup_steps: steps over which the learning rate rises linearly from 0.
+    decay: 'constant', or 'cosine' down to `final_scale` of the peak at the end of the run.
+    final_scale: in [0, 1], the part of the peak left at the end of the cosine.
+    max_grad_norm: gradients of a larger global norm are scaled down to it; None clips nothing.
+  """
+
+  learning_rate: float = 1.2e-4
+  b1: float = 0.9
+  b2: float = 0.999
+  eps: float = 1e-8
+  weight_decay: float = 0.0
+  warmup_steps: int = 0
+  decay: str = 'constant'
+  final_scale: float = 0.0
+  max_grad_norm: float | None = 1.0
+
+
+def make_learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
+  """Returns the learning rate as a function of the number of updates made.
+
+  Raises:
+    UnclipError: an unknown decay, or a warm-up that is longer than the run.
+  """
+  if config.decay not in ('constant', 'cosine'):
+    raise UnclipError(f"unknown decay {config.decay!r}: choose 'constant' or 'cosine'")
+  if not 0 <= config.warmup_steps <= total_steps:
+    raise UnclipError(
+      f'a warm-up of {config.warmup_steps} steps does not fit a run of {total_steps}: '
+      'set warmup_steps between 0 and the number of steps'
+    )
+  peak = config.learning_rate
+  after = optax.constant_schedule(peak)
+  if config.decay == 'cosine':
+    after = optax.cosine_decay_schedule(
+      peak, max(1, total_steps - config.warmup_steps), alpha=config.final_scale
+    )
+  if config.warmup_steps == 0:
+    return after
+  # The first update is made at 1 / warmup_steps of the peak: at 0 it would be a step wasted.
+  warmup = optax.linear_schedule(peak / config.warmup_steps, peak, max(1, config.warmup_steps - 1))
+  return optax.join_schedules([warmup, after], [config.warmup_steps])
+
+
+def make_optimizer(
+  config: OptimizerConfig, total_steps: int
+) -> optax.GradientTransformationExtraArgs:
+  """Returns the optimiser of the paper: clipping of the global norm, then AdamW on a schedule."""
+  adamw = optax.adamw(
+    make_learning_rate(config, total_steps),
+    b1=config.b1,
+    b2=config.b2,
+    eps=config.eps,
+    weight_decay=config.weight_decay,
+    mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
+  )
+  if config.max_grad_norm is None:
+    return optax.chain(adamw)
+  return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), adamw)
+
+
+def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+  """Returns the state before the first update. Jit it with `out_shardings` to place it.
+
+  The average starts as a copy: a state whose parts share buffers cannot be donated.
+  """
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    ema_params=jax.tree.map(jnp.copy, params),
+    opt_state=optimizer.init(params),
+  )
+
+
+def ema_rate(step: Array, decay: float) -> Array:
+  """Returns what the average keeps at an update: min(decay, (1 + step) / (10 + step)).
+
+  The warm-up lets the average forget the initial parameters within tens of steps, where a
+  constant 0.9999 would carry them for tens of thousands.
+  """
+  step = jnp.asarray(step, jnp.float32)
+  return jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+
+
+def make_train_step(
+  loss_fn: LossFn, optimizer: optax.GradientTransformation, ema_decay: float
+) -> TrainStep:
+  """Returns the function that makes one update.
+
+  Args:
+    loss_fn: (params, batch, key) -> (loss [], metrics of scalars). A metric called loss or
+      grad_norm would be overwritten, and is refused.
+    optimizer: its state is `TrainState.opt_state`.
+    ema_decay: in [0, 1), reached after a warm-up (`ema_rate`).
+
+  Returns:
+    (state, batch, key) -> (state, metrics). The key is that of the run, the same at each step: it
+    is folded with `state.step`. The metrics are float32 scalars: those of `loss_fn`, loss, and
+    grad_norm (before clipping); one of the two is not finite where the update went wrong, and
+    `check_finite` raises on it.
+  """
+
+  def train_step(state: TrainState, batch: Batch, key: Array) -> tuple[TrainState, Metrics]:
+    key_loss = jax.random.fold_in(key, state.step)
+    (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+      state.params, batch, key_loss
+    )
+    clash = {'loss', 'grad_norm'} & metrics.keys()
+    if clash:
+      raise ValueError(f'loss_fn returns metrics of reserved names: {sorted(clash)}')
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    keep = ema_rate(state.step, ema_decay)
+    ema_params = jax.tree.map(lambda e, p: e + (1.0 - keep) * (p - e), state.ema_params, params)
+    metrics = {'loss': loss, 'grad_norm': optax.global_norm(grads), **metrics}
+    metrics = jax.tree.map(lambda m: jnp.asarray(m, jnp.float32), metrics)
+    return TrainState(state.step + 1, params, ema_params, opt_state), metrics
+
+  return train_step
+
+
+def epoch_indices(key: Array, step: Array, num_examples: int, batch_size: int) -> Array:
+  """Returns which examples make the batch of a step: each once an epoch, in a new order each time.
+
+  The examples that do not fill a last batch sit out the epoch; a new order lets others do so in
+  the next.
+
+  Args:
+    key: the run's key for data.
+    step: int32 [], the number of updates made before.
+    num_examples: size of the pool.
+    batch_size: at most `num_examples`.
+
+  Returns:
+    int32 [batch_size], distinct, in [0, num_examples).
+
+  Raises:
+    ValueError: the batch does not fit the pool.
+  """
+  if not 1 <= batch_size <= num_examples:
+    raise ValueError(f'a batch of {batch_size} cannot be drawn from {num_examples} examples')
+  steps_per_epoch = num_examples // batch_size
+  epoch, place = step // steps_per_epoch, step % steps_per_epoch
+  order = jax.random.permutation(jax.random.fold_in(key, epoch), num_examples)
+  return jax.lax.dynamic_slice(order, (place * batch_size,), (batch_size,)).astype(jnp.int32)
+
+
+def uniform_indices(key: Array, step: Array, num_examples: int, batch_size: int) -> Array:
+  """Returns a batch of independent draws, int32 [batch_size]: for pools too large to sort."""
+  return jax.random.randint(
+    jax.random.fold_in(key, step), (batch_size,), 0, num_examples, jnp.int32
+  )
+
+
+def gather(pool: Batch, indices: Array, key: Array) -> Batch:
+  """Takes the rows `indices` of each array of the pool; the default of `make_multi_step`."""
+  del key  # Only a `make_batch` that composes or augments draws something.
+  return jax.tree.map(lambda a: jnp.take(a, indices, axis=0), pool)
+
+
+def make_multi_step(
+  train_step: TrainStep,
+  num_steps: int,
+  batch_size: int,
+  make_batch: Callable[[Batch, Array, Array], Batch] = gather,
+  draw_indices: Callable[[Array, Array, int, int], Array] = epoch_indices,
+) -> TrainStep:
+  """Returns a function that makes many updates in one program, on data that is on the device.
+
+  Args:
+    train_step: of `make_train_step`.
+    num_steps: updates a call.
+    batch_size: examples an update.
+    make_batch: (pool, indices [batch_size], key) -> batch. The key differs from step to step, for
+      data composed or augmented on the device; a sharded run constrains the batch here.
+    draw_indices: `epoch_indices` or `uniform_indices`.
+
+  Returns:
+    (state, pool, key) -> (state, metrics), each metric [num_steps]. `pool` is a pytree of arrays
+    with the examples along the first axis. Batches follow from (key, state.step), so that calls of
+    other lengths, or a run continued after a kill, see the same ones. Jit it with
+    `donate_argnums=0`.
+  """
+
+  def multi_step(state: TrainState, pool: Batch, key: Array) -> tuple[TrainState, Metrics]:
+    key_order, key_batch, key_step = jax.random.split(key, 3)
+    num_examples = jax.tree.leaves(pool)[0].shape[0]
+
+    def body(state: TrainState, _: None) -> tuple[TrainState, Metrics]:
+      indices = draw_indices(key_order, state.step, num_examples, batch_size)
+      batch = make_batch(pool, indices, jax.random.fold_in(key_batch, state.step))
+      return train_step(state, batch, key_step)
+
+    return jax.lax.scan(body, state, None, length=num_steps)
+
+  return multi_step
+
+
+def check_finite(metrics: Mapping[str, Array | np.ndarray], first_step: int) -> None:
+  """Raises where the loss or the gradient's norm is not finite.
+
+  Call it before a checkpoint is written, so that what is on disk stays good.
+
+  Args:
+    metrics: of one step (scalars) or of several ([num_steps]).
+    first_step: the number of updates made before them.
+
+  Raises:
+    UnclipError: names the first step that failed.
+  """
+  for name in ('loss', 'grad_norm'):
+    values = np.atleast_1d(np.asarray(metrics[name]))
+    bad = np.flatnonzero(~np.isfinite(values))
+    if bad.size:
+      raise UnclipError(
+        f'{name} is {values[bad[0]]} at step {first_step + int(bad[0])}: continue from the last '
+        'checkpoint with a lower learning rate or more warm-up steps'
+      )

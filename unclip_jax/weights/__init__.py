@@ -1,0 +1,1 @@
+"""Files: weights (`safetensors`), model folders (`folder`), training checkpoints (`checkpoint`)."""

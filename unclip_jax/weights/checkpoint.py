@@ -1,0 +1,162 @@
+"""Checkpoints of a training run, through Orbax.
+
+A checkpoint counts once it is complete: Orbax writes it under another name and renames it at the
+end, so that a killed run continues from the last whole one.
+"""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any, Self, TypeVar
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from orbax.checkpoint import v1 as ocp
+
+from unclip_jax.types import UnclipError
+
+State = TypeVar('State')
+
+
+def _names_and_leaves(tree: Any) -> dict[str, Any]:
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {jax.tree_util.keystr(path, simple=True, separator='.'): leaf for path, leaf in leaves}
+
+
+def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
+  sharding = getattr(leaf, 'sharding', None)
+  if sharding is None:
+    # Orbax would else take the placement of the machine that saved, which may not exist here.
+    sharding = jnp.zeros(()).sharding
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+class Checkpoints:
+  """The checkpoints in a folder; a context manager that waits for the last write.
+
+  Args:
+    folder: made if missing; `gs://` and the like work.
+    keep: how many of the latest stay.
+
+  Raises:
+    UnclipError: the folder cannot be made or read.
+  """
+
+  def __init__(self, folder: os.PathLike[str] | str, keep: int = 2) -> None:
+    if keep < 1:
+      raise ValueError(f'keep must be at least 1, not {keep}')
+    folder = epath.Path(folder)
+    # Orbax refuses relative paths; remote ones are absolute already.
+    self.folder = folder if '://' in str(folder) else folder.resolve()
+    try:
+      self._manager = ocp.training.Checkpointer(
+        self.folder,
+        preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+        cleanup_tmp_directories=True,
+      )
+    except OSError as error:
+      raise UnclipError(
+        f'cannot use {self.folder} for checkpoints ({error.strerror or error}): choose a folder '
+        'that can be written'
+      ) from error
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self.close()
+
+  def close(self) -> None:
+    """Waits for what is being written."""
+    self._manager.close()
+
+  def latest_step(self) -> int | None:
+    """Returns the step of the last complete checkpoint, None where there is none."""
+    latest = self._manager.latest
+    return None if latest is None else latest.step
+
+  def save(self, step: int, state: Any) -> None:
+    """Writes a state (a pytree of arrays); returns once it is complete on disk.
+
+    A step that is there already is left as it is: a run that continues writes the same again.
+
+    Raises:
+      UnclipError: it could not be written, a full disk for instance. Earlier checkpoints stay.
+    """
+    if any(checkpoint.step == step for checkpoint in self._manager.checkpoints):
+      return
+    try:
+      self._manager.save(step, state, force=True)
+    except (OSError, ValueError) as error:
+      raise UnclipError(
+        f'cannot write the checkpoint of step {step} to {self.folder} '
+        f'({_first_line(error)}): free some space or choose another folder'
+      ) from error
+
+  def restore(self, like: State, step: int | None = None) -> State:
+    """Reads a state back, each array straight to its place.
+
+    Args:
+      like: a pytree of arrays, or of `jax.ShapeDtypeStruct`s, of the state's structure. Leaves
+        with a sharding are placed by it, others on the default device.
+      step: which; the latest by default.
+
+    Raises:
+      UnclipError: there is no such checkpoint, it is damaged, or it is of another architecture;
+        the message names the first array that differs.
+    """
+    step = self.latest_step() if step is None else step
+    if step is None or all(checkpoint.step != step for checkpoint in self._manager.checkpoints):
+      which = 'no checkpoint' if step is None else f'no checkpoint of step {step}'
+      raise UnclipError(f'there is {which} in {self.folder}: check the folder, or start a new run')
+    abstract = jax.tree.map(_with_sharding, like)
+    path = self.folder / str(step)
+    damaged = f'the checkpoint {path} is damaged or not one of ours: delete it to use the one before'
+    with _quiet():
+      try:
+        found = _names_and_leaves(self._manager.metadata(step).metadata)
+      except Exception as error:  # Orbax lets errors of its parsers through, of many types.
+        raise UnclipError(damaged) from error
+      if not found:
+        raise UnclipError(damaged)
+      _check_same(_names_and_leaves(abstract), found, path)
+      try:
+        return self._manager.load(step, abstract)
+      except Exception as error:  # As above, and from TensorStore.
+        raise UnclipError(damaged) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+  """Holds back the pages that Orbax logs about a damaged checkpoint: our error says it in a line."""
+  loggers = [logging.getLogger(name) for name in ('absl', 'asyncio')]
+  levels = [logger.level for logger in loggers]
+  try:
+    for logger in loggers:
+      logger.setLevel(logging.CRITICAL)
+    yield
+  finally:
+    for logger, level in zip(loggers, levels, strict=True):
+      logger.setLevel(level)
+
+
+def _check_same(expected: dict[str, Any], found: dict[str, Any], path: epath.Path) -> None:
+  """Compares names, shapes and types, which Orbax would partly cast or report by handler names."""
+  remedy = 'it belongs to another configuration, use that one or start a new run folder'
+  for name, leaf in expected.items():
+    if name not in found:
+      raise UnclipError(f'the checkpoint {path} has no {name}: {remedy}')
+    if tuple(found[name].shape) != tuple(leaf.shape) or found[name].dtype != leaf.dtype:
+      raise UnclipError(
+        f'the checkpoint {path} has {name} as {found[name].dtype}{list(found[name].shape)}, '
+        f'wanted is {leaf.dtype}{list(leaf.shape)}: {remedy}'
+      )
+  for name in found:
+    if name not in expected:
+      raise UnclipError(f'the checkpoint {path} has a {name} that is not wanted: {remedy}')
+
+
+def _first_line(error: Exception) -> str:
+  return (str(error).splitlines() or [type(error).__name__])[0]
