@@ -1,0 +1,225 @@
+"""Noise schedules, respacing, and the plans that a sampling loop scans over.
+
+All but `take_rows` is numpy in float64 and runs before a program is traced; only the rows of a
+plan are float32. Sources: DDPM (Ho et al. 2020) eq. 4-7, Improved DDPM (Nichol & Dhariwal 2021)
+eq. 15-17, DDIM (Song et al. 2021) eq. 16.
+"""
+
+import dataclasses
+import operator
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from unclip_jax.types import Array, Step, UnclipError
+
+# GLIDE's sections for 27 DDIM steps: dense near x_0, sparse near x_T (glide-text2im, respace.py).
+FAST27_SECTIONS = (10, 10, 3, 2, 2)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Schedule:
+  """The signal power of each timestep of the full chain.
+
+  Attributes:
+    alpha_bar: float64 [T], alpha_bar[t] for t = 0..T-1, strictly falling within (0, 1).
+  """
+
+  alpha_bar: np.ndarray
+
+  def __post_init__(self):
+    alpha_bar = np.array(self.alpha_bar, np.float64)
+    falls = np.all(np.diff(alpha_bar, prepend=1.0) < 0) if alpha_bar.ndim == 1 else False
+    if not (falls and alpha_bar.size and alpha_bar[-1] > 0):
+      raise ValueError('alpha_bar must be a vector that falls strictly from below 1 to above 0')
+    alpha_bar.setflags(write=False)
+    object.__setattr__(self, 'alpha_bar', alpha_bar)
+
+  @property
+  def num_steps(self) -> int:
+    return len(self.alpha_bar)
+
+
+def _count(n: int, what: str, most: int | None = None) -> int:
+  try:
+    n = operator.index(n)
+  except TypeError:
+    raise UnclipError(f'{what}: {n!r} is not a whole number') from None
+  if n < 1:
+    raise UnclipError(f'{what}: {n} is too few, take 1 or more')
+  if most is not None and n > most:
+    raise UnclipError(f'{what}: {n} is more than the {most} of the schedule, take at most {most}')
+  return n
+
+
+def _section(start: int, size: int, n: int) -> np.ndarray:
+  """n timesteps strided over [start, start + size), both ends included; n is 2 or more."""
+  # Strides are added up, not multiplied: it decides how a tie rounds in improved-diffusion.
+  steps = np.cumsum([0.0] + [(size - 1) / (n - 1)] * (n - 1))
+  return start + np.round(steps).astype(np.int64)
+
+
+def _rows(t: np.ndarray, alpha_bar: np.ndarray, alpha_bar_next: np.ndarray) -> Step:
+  """The transitions between contiguous signal powers (float64 [n]); only the last may reach 1."""
+  up = alpha_bar_next < alpha_bar
+  noise_var, noise_var_next = 1 - alpha_bar, 1 - alpha_bar_next
+  high, low = np.maximum(alpha_bar, alpha_bar_next), np.minimum(alpha_bar, alpha_bar_next)
+  beta = (high - low) / high
+  signal = np.sqrt(low / high)
+  # On the way up there is no posterior, and x_t may be x_0, without noise to divide by.
+  shrink = noise_var_next / np.where(up, 1.0, noise_var)
+  posterior_var = np.where(up, 0.0, shrink * beta)
+  log_var_max = np.log(beta)
+  log_var_min = np.log(np.where(posterior_var > 0, posterior_var, beta))
+  if noise_var_next[-1] == 0 and len(t) > 1 and not up[-2]:
+    # The last posterior variance is 0, its log -inf: Improved DDPM takes the one before.
+    log_var_min[-1] = log_var_min[-2]
+  floats = (
+    alpha_bar, alpha_bar_next, noise_var, noise_var_next,
+    np.where(up, 0.0, np.sqrt(alpha_bar_next) * beta / np.where(up, 1.0, noise_var)),
+    np.where(up, signal, signal * shrink),
+    log_var_min, log_var_max, np.sqrt(posterior_var),
+  )  # fmt: skip
+  return Step(
+    np.arange(len(t), dtype=np.int32), t.astype(np.int32), *(x.astype(np.float32) for x in floats)
+  )
+
+
+def cosine_schedule(num_steps: int = 1000, max_beta: float = 0.999) -> Schedule:
+  """The cosine schedule (Improved DDPM, eq. 17), with betas clipped at max_beta.
+
+  alpha_bar is recomputed from the clipped betas, so that the chain ends above zero.
+
+  Raises:
+    UnclipError: num_steps is below 1.
+  """
+  num_steps = _count(num_steps, 'num_steps')
+  # 0.008: so that the first noise, sqrt(beta_0), is a little below the size of one of 256 levels.
+  angle = (np.arange(num_steps + 1) / num_steps + 0.008) / 1.008 * np.pi / 2
+  alpha_bar = np.cos(angle) ** 2
+  betas = np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], max_beta)
+  return Schedule(np.cumprod(1 - betas))
+
+
+def linear_schedule(
+  num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
+) -> Schedule:
+  """The linear schedule (DDPM, section 4), betas scaled by 1000 / num_steps (Improved DDPM).
+
+  Raises:
+    UnclipError: num_steps is below 1, or so small that a scaled beta reaches 1.
+  """
+  num_steps = _count(num_steps, 'num_steps')
+  scale = 1000 / num_steps
+  if not 0 < beta_start * scale <= beta_end * scale < 1:
+    raise UnclipError(
+      f'a linear schedule of {num_steps} steps has betas from {beta_start * scale:g} to '
+      f'{beta_end * scale:g}, outside (0, 1): take more steps or smaller betas'
+    )
+  return Schedule(np.cumprod(1 - np.linspace(beta_start * scale, beta_end * scale, num_steps)))
+
+
+def strided_timesteps(total: int, n: int) -> np.ndarray:
+  """n evenly strided timesteps from total - 1 down to 0 (Improved DDPM, section 4).
+
+  The rounding is that of space_timesteps in improved-diffusion, except that a single step is
+  total - 1: noise is where sampling starts.
+
+  Args:
+    total: number of timesteps of the full chain.
+    n: number of timesteps to keep.
+
+  Returns:
+    int64 [n], descending.
+
+  Raises:
+    UnclipError: n is below 1 or above total.
+  """
+  n = _count(n, 'sampling steps', total)
+  return _section(0, total, n)[::-1] if n > 1 else np.array([total - 1])
+
+
+def karlo_timesteps(total: int, n: int) -> np.ndarray:
+  """n timesteps, round(arange(n) * (total - 1) / (n - 1)), descending (Karlo, UnCLIPScheduler).
+
+  Differs from strided_timesteps only where a product falls half-way between two integers.
+
+  Raises:
+    UnclipError: n is below 1 or above total.
+  """
+  n = _count(n, 'sampling steps', total)
+  if n == 1:
+    return np.array([total - 1])
+  return np.round(np.arange(n) * ((total - 1) / (n - 1))).astype(np.int64)[::-1]
+
+
+def fast27_timesteps(total: int) -> np.ndarray:
+  """The 27 DDIM timesteps of GLIDE's upsampler, dense near x_0; int64 [27], descending.
+
+  Raises:
+    UnclipError: the chain is too short.
+  """
+  count = len(FAST27_SECTIONS)
+  sizes = [total // count + (i < total % count) for i in range(count)]
+  if any(size < n for size, n in zip(sizes, FAST27_SECTIONS, strict=True)):
+    raise UnclipError(f'fast27 needs a schedule of about 50 steps or more, this one has {total}')
+  starts = np.cumsum([0, *sizes[:-1]])
+  steps = np.concatenate(list(map(_section, starts, sizes, FAST27_SECTIONS)))
+  # GLIDE: the noisiest timestep gives DDIM artifacts.
+  steps[-1] = total - 3
+  return steps[::-1]
+
+
+def make_plan(
+  schedule: Schedule,
+  timesteps: Sequence[int] | np.ndarray,
+  from_x_0: bool = False,
+  to_x_0: bool = True,
+) -> Step:
+  """The transitions through `timesteps`, in the order given, with betas recomputed between them.
+
+  A plan may start at any t (image-to-image), run upwards, or jump back up on its way down
+  (resampling as in RePaint). What a row that goes up means is the sampler's: `ddpm` draws from
+  the forward process, `ddim` inverts. DDIM inversion is
+  `make_plan(schedule, timesteps[::-1], from_x_0=True, to_x_0=False)`. Rows keep their index when
+  a plan is sliced.
+
+  Args:
+    schedule: the full chain.
+    timesteps: original timesteps, each within [0, T); neighbours differ.
+    from_x_0: begin with the transition from x_0 to timesteps[0]. The network is given
+      timesteps[0] there, the least noise that it knows on this path.
+    to_x_0: end with the transition from timesteps[-1] to x_0.
+
+  Returns:
+    Step of numpy arrays [n]: n = len(timesteps) - 1 + from_x_0 + to_x_0.
+
+  Raises:
+    UnclipError: no timesteps or no transition, a timestep outside the schedule, or one twice in a
+      row.
+  """
+  t = np.asarray(timesteps)
+  if t.ndim != 1 or not t.size or not np.issubdtype(t.dtype, np.integer):
+    raise UnclipError('timesteps must be a list of one or more integers')
+  if t.min() < 0 or t.max() >= schedule.num_steps:
+    culprit = t.min() if t.min() < 0 else t.max()
+    raise UnclipError(f'timestep {culprit} is outside 0..{schedule.num_steps - 1} of the schedule')
+  if np.any(t[1:] == t[:-1]):
+    raise UnclipError(f'timestep {t[1:][t[1:] == t[:-1]][0]} stands twice in a row in a plan')
+  if t.size == 1 and not (from_x_0 or to_x_0):
+    raise UnclipError(f'a plan of timestep {t[0]} alone has no transition: set to_x_0')
+  nodes = np.concatenate([[1.0] * from_x_0, schedule.alpha_bar[t], [1.0] * to_x_0])
+  t = np.concatenate([t[:1][: int(from_x_0)], t if to_x_0 else t[:-1]])
+  return _rows(t, nodes[:-1], nodes[1:])
+
+
+def training_table(schedule: Schedule) -> Step:
+  """The T transitions t -> t - 1 of the full chain, row t for timestep t; row 0 ends at x_0."""
+  plan = make_plan(schedule, np.arange(schedule.num_steps)[::-1])
+  return Step(*(column[::-1].copy() for column in plan))
+
+
+def take_rows(table: Step, t_b: Array) -> Step:
+  """The rows t_b [b] (int, within [0, T)) of a training table, as a Step of arrays [b]."""
+  return Step(*(column[t_b] for column in map(jnp.asarray, table)))
