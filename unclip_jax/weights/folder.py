@@ -1,0 +1,180 @@
+"""A model as a folder: `unclip.json`, one safetensors file a stage, and the tokenizer.
+
+The folder is the same whether shipped, trained, converted or on a hub. `unclip.json`, version 1:
+
+  {"format_version": 1,
+   "written_by": "unclip_jax 0.1.0",             what wrote it, for people
+   "config": {...},                              the configs; what is in them is for the caller
+   "stages": {"prior": "prior.safetensors"},     file names, relative to the folder
+   "tokenizer": "tokenizer.json"}
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from unclip_jax.types import Params, UnclipError
+from unclip_jax.weights.safetensors import load_params, save_params, write_atomically
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = 'unclip.json'
+TOKENIZER_NAME = 'tokenizer.json'
+_KEYS = {'format_version', 'written_by', 'config', 'stages', 'tokenizer'}
+
+
+class Manifest(NamedTuple):
+  """What `unclip.json` says.
+
+  Attributes:
+    config: the configs, plain JSON.
+    stages: stage name -> its safetensors file.
+    tokenizer: the tokenizer's file.
+    written_by: the program that wrote the folder.
+  """
+
+  config: dict[str, Any]
+  stages: dict[str, epath.Path]
+  tokenizer: epath.Path
+  written_by: str
+
+
+def write_model(
+  folder: os.PathLike[str] | str,
+  config_json: Mapping[str, Any],
+  params: Mapping[str, Params],
+  tokenizer_file: os.PathLike[str] | str,
+  dtype: Any = None,
+  written_by: str = 'unclip_jax',
+) -> None:
+  """Writes a model folder. Each file appears whole or not at all, `unclip.json` as the last.
+
+  Args:
+    folder: made if missing; other files in it are left alone.
+    config_json: what JSON can hold.
+    params: stage name -> its parameters.
+    tokenizer_file: copied.
+    dtype: what floating arrays are cast to; None keeps theirs.
+    written_by: program and version.
+
+  Raises:
+    UnclipError: a parameter holds a NaN, or a file cannot be read or written.
+  """
+  folder, tokenizer_file = epath.Path(folder), epath.Path(tokenizer_file)
+  manifest = {
+    'format_version': FORMAT_VERSION,
+    'written_by': written_by,
+    'config': dict(config_json),
+    'stages': {name: f'{name}.safetensors' for name in params},
+    'tokenizer': TOKENIZER_NAME,
+  }
+  text = json.dumps(manifest, indent=2, allow_nan=False) + '\n'
+  for name in manifest['stages'].values():
+    _inside(folder, name)
+  if not tokenizer_file.exists():
+    raise UnclipError(f'there is no tokenizer {tokenizer_file}: check the path')
+  for name, stage_params in params.items():
+    save_params(folder / f'{name}.safetensors', stage_params, dtype)
+  # Copied aside first, as it may be the very file that is replaced.
+  write_atomically(folder / TOKENIZER_NAME, lambda part: _copy(tokenizer_file, part))
+  write_atomically(folder / MANIFEST_NAME, lambda part: _write_text(part, text))
+
+
+def read_manifest(folder: os.PathLike[str] | str) -> Manifest:
+  """Reads and checks `unclip.json`; the other files are only known to be there.
+
+  Raises:
+    UnclipError: the folder or a file is missing, or the manifest is not valid; the message names
+      the file and what is wrong with it.
+  """
+  folder = epath.Path(folder)
+  path = folder / MANIFEST_NAME
+  if not folder.is_dir():
+    raise UnclipError(f'there is no model folder {folder}: check the path')
+  if not path.exists():
+    raise UnclipError(
+      f'{folder} is not a model: it has no {MANIFEST_NAME}; give the folder that does'
+    )
+  try:
+    fields = json.loads(path.read_text(encoding='utf-8'))
+  except ValueError as error:
+    raise UnclipError(f'{path} is not valid JSON ({error}): download it again') from error
+  except OSError as error:
+    raise UnclipError(f'cannot read {path} ({error.strerror or error})') from error
+  if not isinstance(fields, dict):
+    raise UnclipError(f'{path} is not a JSON object: download it again')
+  _check_version(path, fields.get('format_version'))
+  unknown, missing = sorted(fields.keys() - _KEYS), sorted(_KEYS - fields.keys())
+  if unknown or missing:
+    what = f'has unknown keys: {", ".join(unknown)}' if unknown else f'lacks {", ".join(missing)}'
+    raise UnclipError(f'{path} {what}: correct it or download it again')
+  if not isinstance(fields['config'], dict) or not isinstance(fields['stages'], dict):
+    raise UnclipError(f'{path}: config and stages must be JSON objects: download it again')
+  stages = {name: _inside(folder, file) for name, file in fields['stages'].items()}
+  tokenizer = _inside(folder, fields['tokenizer'])
+  for file in (*stages.values(), tokenizer):
+    if not file.exists():
+      raise UnclipError(f'{path} names {file.name}, which is not there: download it again')
+  return Manifest(fields['config'], stages, tokenizer, str(fields['written_by']))
+
+
+def read_stage(
+  folder: os.PathLike[str] | str, name: str, expected: Params, dtype: Any = None
+) -> Params:
+  """Reads the parameters of a stage; as `load_params`, which says what is raised.
+
+  Args:
+    folder: of the model.
+    name: of the stage.
+    expected: nested dicts of `jax.ShapeDtypeStruct`s, the names and shapes wanted.
+    dtype: of the floating arrays returned; None takes that of `expected`.
+  """
+  stages = read_manifest(folder).stages
+  if name not in stages:
+    raise UnclipError(
+      f'the model {folder} has no stage {name!r}: it has {", ".join(stages) or "none"}'
+    )
+  return load_params(stages[name], expected, dtype)
+
+
+def _check_version(path: epath.Path, version: object) -> None:
+  if type(version) is not int or version < 1:
+    raise UnclipError(f'{path}: format_version is {version!r}, not a whole number from 1 on')
+  if version > FORMAT_VERSION:
+    raise UnclipError(
+      f'{path} is of format version {version}, this program reads up to {FORMAT_VERSION}: upgrade '
+      'with pip install -U unclip-jax'
+    )
+
+
+def _inside(folder: epath.Path, name: object) -> epath.Path:
+  """Refuses names that lead out of the folder: a downloaded model must not read other files.
+
+  Links are not followed: a hub's cache keeps the files elsewhere and links to them.
+  """
+  outside = (
+    not isinstance(name, str)
+    or not name
+    or PurePosixPath(name).is_absolute()
+    or bool(PureWindowsPath(name).anchor)
+    or '..' in PureWindowsPath(name).parts
+    or '://' in name
+  )
+  if outside:
+    raise UnclipError(
+      f'{folder / MANIFEST_NAME} names the file {name!r}: only files inside of the folder are read'
+    )
+  return folder / name
+
+
+def _copy(source: epath.Path, target: Path) -> None:
+  with source.open('rb') as reader, target.open('wb') as writer:
+    shutil.copyfileobj(reader, writer)
+
+
+def _write_text(target: Path, text: str) -> None:
+  target.write_text(text, encoding='utf-8')

@@ -1,0 +1,209 @@
+"""Parameters in safetensors files: a flat name for each array, read one at a time.
+
+A parameter tree `{'block_0': {'kernel': ...}}` is stored as `block_0.kernel`. Reading wants to
+know what to expect, so that a file of another architecture is an error and never a bad picture.
+"""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from safetensors import SafetensorError, safe_open
+from safetensors import numpy as safetensors_numpy
+
+from unclip_jax.types import Array, Params, UnclipError
+
+_NAMES_SHOWN = 3
+
+
+def save_params(path: os.PathLike[str] | str, params: Params, dtype: Any = None) -> None:
+  """Writes parameters to a safetensors file, whole or not at all.
+
+  Args:
+    path: the file; `gs://` and the like work.
+    params: nested dicts of arrays.
+    dtype: what floating arrays are cast to, bfloat16 for instance; None keeps theirs.
+
+  Raises:
+    UnclipError: an array holds a NaN or an infinity, or the file cannot be written.
+  """
+  path = epath.Path(path)
+  tensors = {}
+  for name, leaf in _named_leaves(params).items():
+    array = np.ascontiguousarray(jax.device_get(leaf)).reshape(leaf.shape)
+    if dtype is not None and jnp.issubdtype(array.dtype, jnp.floating):
+      array = array.astype(jnp.dtype(dtype))
+    if not np.isfinite(array).all():
+      raise UnclipError(
+        f'{name} holds a NaN or an infinity and was not written to {path}: take the parameters of '
+        'an earlier checkpoint'
+      )
+    tensors[name] = array
+  write_atomically(path, lambda part: safetensors_numpy.save_file(tensors, part))
+
+
+def load_params(path: os.PathLike[str] | str, expected: Params, dtype: Any = None) -> Params:
+  """Reads parameters from a safetensors file, each array straight to its device.
+
+  The host holds one array at a time. Names and shapes are checked before the first is read.
+
+  Args:
+    path: the file; `gs://` and the like work (it is copied to a temporary file first).
+    expected: nested dicts of `jax.ShapeDtypeStruct`s or arrays: the names and shapes wanted. A
+      leaf with a sharding is placed by it, others on the default device.
+    dtype: of the floating arrays returned; None takes that of `expected`.
+
+  Returns:
+    The parameters, in the structure of `expected`.
+
+  Raises:
+    UnclipError: the file is missing, cut short or of another format; or one of its arrays is
+      missing, not wanted, of another shape or kind, or holds a NaN. The message names both.
+  """
+  path = epath.Path(path)
+  wanted = _named_leaves(expected)
+  with _local_copy(path) as local, _opened(local, path) as file:
+    _check_names(path, set(file.keys()), wanted)
+    for name, leaf in wanted.items():
+      shape = tuple(file.get_slice(name).get_shape())
+      if shape != tuple(leaf.shape):
+        raise UnclipError(
+          f'{path}: {name} has the shape {list(shape)}, wanted is {list(leaf.shape)}: the file '
+          'belongs to another configuration, open it with its own'
+        )
+    arrays = [_read(file, path, name, leaf, dtype) for name, leaf in wanted.items()]
+  return jax.tree.unflatten(jax.tree.structure(expected), arrays)
+
+
+def write_atomically(path: epath.Path, write: Callable[[Path], None]) -> None:
+  """Makes a file through another name, so that the right one only ever holds a whole file.
+
+  Args:
+    path: the file; missing folders are made. A remote one is made here and sent at the end.
+    write: given the name to write to, always local.
+
+  Raises:
+    UnclipError: the file cannot be written, a full disk for instance. Nothing is left of it, and
+      one that was there before is untouched.
+  """
+  try:
+    if _is_remote(path):
+      with tempfile.TemporaryDirectory() as folder:
+        part = Path(folder) / path.name
+        write(part)
+        path.write_bytes(part.read_bytes())
+      return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The process's number keeps two writers of one file apart.
+    part = Path(path.parent) / f'.{path.name}.{os.getpid()}.part'
+    try:
+      write(part)
+      part.replace(path)
+    finally:
+      part.unlink(missing_ok=True)
+  except (OSError, SafetensorError) as error:
+    raise UnclipError(
+      f'cannot write {path} ({getattr(error, "strerror", None) or error}): free some space or '
+      'choose a folder that can be written'
+    ) from error
+
+
+class _File(Protocol):
+  """The part of an open safetensors file that is used."""
+
+  def keys(self) -> list[str]: ...
+
+  def get_slice(self, name: str) -> Any: ...
+
+  def get_tensor(self, name: str) -> np.ndarray: ...
+
+
+def _named_leaves(tree: Params) -> dict[str, Any]:
+  named: dict[str, Any] = {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    name = jax.tree_util.keystr(path, simple=True, separator='.')
+    if name in named:
+      raise ValueError(f'two parameters would both be stored as {name}: rename one')
+    named[name] = leaf
+  return named
+
+
+def _is_remote(path: epath.Path) -> bool:
+  return '://' in str(path)
+
+
+@contextlib.contextmanager
+def _local_copy(path: epath.Path) -> Iterator[Path]:
+  """Gives a file that can be mapped into memory."""
+  if not path.exists():
+    raise UnclipError(f'there is no weights file {path}: check the path, or download the model again')
+  if not _is_remote(path):
+    yield Path(path)
+    return
+  with tempfile.TemporaryDirectory() as folder:
+    local = Path(folder) / path.name
+    path.copy(local)
+    yield local
+
+
+@contextlib.contextmanager
+def _opened(local: Path, path: epath.Path) -> Iterator[_File]:
+  try:
+    with safe_open(local, framework='numpy') as file:
+      yield file
+  except SafetensorError as error:
+    raise UnclipError(
+      f'{path} is cut short, or not a safetensors file ({error}): copy or download it again'
+    ) from error
+  except OSError as error:
+    raise UnclipError(
+      f'cannot read {path} ({error.strerror or error}): check that it is a file and may be read'
+    ) from error
+
+
+def _check_names(path: epath.Path, found: set[str], wanted: dict[str, Any]) -> None:
+  missing = [name for name in wanted if name not in found]
+  extra = sorted(found - wanted.keys())
+  if not missing and not extra:
+    return
+  parts = []
+  if missing:
+    parts.append(f'lacks {_some(missing)}')
+  if extra:
+    parts.append(f'has {_some(extra)}, which nothing asks for')
+  raise UnclipError(
+    f'{path} {" and ".join(parts)}: the file belongs to another configuration, open it with its own'
+  )
+
+
+def _some(names: list[str]) -> str:
+  more = len(names) - _NAMES_SHOWN
+  return ', '.join(names[:_NAMES_SHOWN]) + (f' and {more} more' if more > 0 else '')
+
+
+def _read(file: _File, path: epath.Path, name: str, leaf: Any, dtype: Any) -> Array:
+  try:
+    array = file.get_tensor(name)
+  except SafetensorError as error:
+    raise UnclipError(f'{path}: {name} cannot be read ({error}): download it again') from error
+  floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+  if floating != jnp.issubdtype(array.dtype, jnp.floating):
+    raise UnclipError(
+      f'{path}: {name} is {array.dtype}, wanted is {leaf.dtype}: the file belongs to another '
+      'configuration, open it with its own'
+    )
+  with np.errstate(over='ignore'):  # Becomes an infinity, which the check below finds.
+    array = array.astype(dtype if floating and dtype is not None else leaf.dtype, copy=False)
+  if not np.isfinite(array).all():
+    raise UnclipError(
+      f'{path}: {name} holds a NaN or an infinity as {array.dtype}: download it again, or take the '
+      'weights of an earlier checkpoint'
+    )
+  return jax.device_put(array, getattr(leaf, 'sharding', None))
