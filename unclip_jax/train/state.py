@@ -159,7 +159,7 @@ def make_train_step(
     params = optax.apply_updates(state.params, updates)
     keep = ema_rate(state.step, ema_decay)
     ema_params = jax.tree.map(lambda e, p: e + (1.0 - keep) * (p - e), state.ema_params, params)
-    metrics = {'loss': loss, 'grad_norm': optax.global_norm(grads), **metrics}
+    metrics = {'loss': loss, 'grad_norm': optax.tree.norm(grads), **metrics}
     metrics = jax.tree.map(lambda m: jnp.asarray(m, jnp.float32), metrics)
     return TrainState(state.step + 1, params, ema_params, opt_state), metrics
 

@@ -5,9 +5,11 @@ end, so that a killed run continues from the last whole one.
 """
 
 import contextlib
+import gc
 import logging
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any, Self, TypeVar
 
 import jax
@@ -90,6 +92,8 @@ class Checkpoints:
     try:
       self._manager.save(step, state, force=True)
     except (OSError, ValueError) as error:
+      for part in self.folder.glob(f'{step}.orbax-checkpoint-tmp*'):
+        part.rmtree(missing_ok=True)
       raise UnclipError(
         f'cannot write the checkpoint of step {step} to {self.folder} '
         f'({_first_line(error)}): free some space or choose another folder'
@@ -115,29 +119,40 @@ class Checkpoints:
     path = self.folder / str(step)
     damaged = f'the checkpoint {path} is damaged or not one of ours: delete it to use the one before'
     with _quiet():
-      try:
-        found = _names_and_leaves(self._manager.metadata(step).metadata)
-      except Exception as error:  # Orbax lets errors of its parsers through, of many types.
-        raise UnclipError(damaged) from error
+      found = _or_none(lambda: self._manager.metadata(step).metadata)
       if not found:
         raise UnclipError(damaged)
-      _check_same(_names_and_leaves(abstract), found, path)
-      try:
-        return self._manager.load(step, abstract)
-      except Exception as error:  # As above, and from TensorStore.
-        raise UnclipError(damaged) from error
+      _check_same(_names_and_leaves(abstract), _names_and_leaves(found), path)
+      state = _or_none(lambda: self._manager.load(step, abstract))
+      if state is None:
+        raise UnclipError(damaged)
+    return state
+
+
+def _or_none(read: Callable[[], State]) -> State | None:
+  """Orbax and TensorStore let errors of many types through: each means a damaged checkpoint."""
+  try:
+    return read()
+  except Exception:
+    return None
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-  """Holds back the pages that Orbax logs about a damaged checkpoint: our error says it in a line."""
+  """Holds back the pages that Orbax prints on a damaged checkpoint: our error says it in a line."""
   loggers = [logging.getLogger(name) for name in ('absl', 'asyncio')]
   levels = [logger.level for logger in loggers]
+  hook = sys.unraisablehook
   try:
+    sys.unraisablehook = lambda _: None
     for logger in loggers:
       logger.setLevel(logging.CRITICAL)
     yield
+  except UnclipError:
+    gc.collect()  # The tasks that Orbax abandoned complain when they are collected.
+    raise
   finally:
+    sys.unraisablehook = hook
     for logger, level in zip(loggers, levels, strict=True):
       logger.setLevel(level)
 

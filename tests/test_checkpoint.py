@@ -1,0 +1,166 @@
+"""Checkpoints: a run continued from one equals a run that was never stopped."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from unclip_jax.train.state import init_state, make_multi_step, make_train_step
+from unclip_jax.types import UnclipError
+from unclip_jax.weights.checkpoint import Checkpoints
+
+KEY = jax.random.key(3)
+POOL = {'x': np.random.default_rng(0).normal(size=(11, 4)).astype(np.float32)}
+OPTIMIZER = optax.adamw(1e-2)
+
+
+def loss_fn(params, batch, key):
+  noise = jax.random.normal(key, batch['x'].shape)
+  return jnp.mean(((batch['x'] + noise) @ params['w'] - batch['x']) ** 2), {}
+
+
+def make_state():
+  return init_state({'w': jnp.ones((4, 4)), 'b': jnp.zeros(4)}, OPTIMIZER)
+
+
+def assert_equal(a, b):
+  assert jax.tree.structure(a) == jax.tree.structure(b)
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.fixture
+def saved(tmp_path):
+  with Checkpoints(tmp_path / 'run') as checkpoints:
+    checkpoints.save(5, make_state())
+  return tmp_path / 'run'
+
+
+def test_a_continued_run_equals_an_uninterrupted_one(tmp_path):
+  step = jax.jit(make_multi_step(make_train_step(loss_fn, OPTIMIZER, 0.99), 3, 4))
+  state, losses = make_state(), []
+  for _ in range(4):
+    state, metrics = step(state, POOL, KEY)
+    losses.extend(map(float, metrics['loss']))
+  wanted = state
+
+  state, again = make_state(), []
+  for _ in range(2):
+    state, metrics = step(state, POOL, KEY)
+    again.extend(map(float, metrics['loss']))
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(int(state.step), state)
+  del state
+  with Checkpoints(tmp_path) as checkpoints:
+    state = checkpoints.restore(jax.eval_shape(make_state))
+  for _ in range(2):
+    state, metrics = step(state, POOL, KEY)
+    again.extend(map(float, metrics['loss']))
+  assert again == losses
+  assert_equal(state, wanted)
+
+
+def test_only_the_latest_are_kept(tmp_path):
+  with Checkpoints(tmp_path, keep=2) as checkpoints:
+    assert checkpoints.latest_step() is None
+    for step in (1, 2, 10):
+      checkpoints.save(step, make_state()._replace(step=jnp.int32(step)))
+    assert checkpoints.latest_step() == 10
+    assert int(checkpoints.restore(make_state(), 2).step) == 2
+    with pytest.raises(UnclipError, match='no checkpoint of step 1 in'):
+      checkpoints.restore(make_state(), 1)
+  assert {path.name for path in tmp_path.iterdir()} == {'2', '10'}
+
+
+def test_a_step_that_is_there_is_left_alone(saved):
+  with Checkpoints(saved) as checkpoints:
+    checkpoints.save(5, make_state()._replace(step=jnp.int32(99)))
+    assert int(checkpoints.restore(make_state()).step) == 0
+
+
+def test_no_checkpoint_is_named(tmp_path):
+  with (
+    Checkpoints(tmp_path) as checkpoints,
+    pytest.raises(UnclipError, match='there is no checkpoint in'),
+  ):
+    checkpoints.restore(make_state())
+
+
+def test_a_killed_write_does_not_count(saved):
+  # What a kill leaves: a folder without the marks of completion, or one of Orbax's temporary names.
+  shutil.copytree(saved / '5', saved / '6.orbax-checkpoint-tmp')
+  with Checkpoints(saved) as checkpoints:
+    assert checkpoints.latest_step() == 5
+    assert_equal(checkpoints.restore(make_state()), make_state())
+  assert {path.name for path in saved.iterdir()} == {'5'}
+
+
+def test_a_process_killed_while_saving_leaves_whole_checkpoints(tmp_path):
+  script = f"""
+import jax.numpy as jnp
+from unclip_jax.weights.checkpoint import Checkpoints
+with Checkpoints({str(tmp_path)!r}, keep=3) as checkpoints:
+  for step in range(1, 10_000):
+    checkpoints.save(step, {{'w': jnp.full((400, 400), float(step))}})
+    print(step, flush=True)
+"""
+  process = subprocess.Popen([sys.executable, '-c', script], stdout=subprocess.PIPE, text=True)
+  with process:
+    for _ in range(4):
+      last = int(process.stdout.readline())
+    os.kill(process.pid, signal.SIGKILL)
+  with Checkpoints(tmp_path, keep=3) as checkpoints:
+    step = checkpoints.latest_step()
+    assert step >= last
+    state = checkpoints.restore({'w': jax.ShapeDtypeStruct((400, 400), jnp.float32)})
+  np.testing.assert_array_equal(state['w'], np.full((400, 400), step, np.float32))
+
+
+@pytest.mark.parametrize('change, message', [
+  ({'w': jnp.ones((4, 4))}, 'has a params.b that is not wanted'),
+  ({'w': jnp.ones((4, 4)), 'b': jnp.ones(4), 'c': jnp.ones(4)}, 'has no params.c'),
+  ({'w': jnp.ones((4, 5)), 'b': jnp.ones(4)}, r'params.w as float32\[4, 4\], wanted is .*\[4, 5\]'),
+  ({'w': jnp.ones((4, 4)), 'b': jnp.ones(4, jnp.bfloat16)}, 'params.b as float32.*bfloat16'),
+])  # fmt: skip
+def test_another_architecture_is_named(saved, change, message):
+  with Checkpoints(saved) as checkpoints, pytest.raises(UnclipError, match=message):
+    checkpoints.restore(make_state()._replace(params=change))
+
+
+@pytest.mark.parametrize('name', ['_METADATA', 'manifest.ocdbt', 'd/*', '_sharding'])
+def test_a_damaged_checkpoint_is_named(saved, name):
+  for path in (saved / '5' / 'state').glob(name):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+  with Checkpoints(saved) as checkpoints, pytest.raises(UnclipError, match='5 is damaged'):
+    checkpoints.restore(make_state())
+
+
+def test_unwritable_folder_is_named(tmp_path):
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(UnclipError, match='cannot use .*file/run for checkpoints'):
+    Checkpoints(tmp_path / 'file' / 'run')
+
+
+def test_full_disk_is_named_and_earlier_checkpoints_stay(saved):
+  # A limit on the size of files stands for the full disk; in a process of its own, it stays there.
+  script = f"""
+import resource, jax.numpy as jnp, numpy as np
+from unclip_jax.weights.checkpoint import Checkpoints
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+noise = np.random.default_rng(0).normal(size=(400, 400))
+with Checkpoints({str(saved)!r}) as checkpoints:
+  checkpoints.save(6, {{'w': jnp.asarray(noise)}})
+"""
+  done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, check=False)
+  assert done.returncode == 1
+  assert 'UnclipError: cannot write the checkpoint of step 6' in done.stderr
+  with Checkpoints(saved) as checkpoints:
+    assert checkpoints.latest_step() == 5
+  assert {path.name for path in Path(saved).iterdir()} == {'5'}
