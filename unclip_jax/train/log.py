@@ -136,7 +136,9 @@ class RunLog:
     self._progress.update(self._task, completed=step, summary=summary)
     due = now - self._last_shown >= _PLAIN_SECONDS or step >= self._total_steps
     if not self._console.is_terminal and due:
-      self._console.print(f'step {step}/{self._total_steps}  {summary}', soft_wrap=True)
+      self._console.print(
+        f'step {step}/{self._total_steps}  {summary}', soft_wrap=True, highlight=False
+      )
       self._last_shown = now
 
   def message(self, text: str) -> None:
@@ -187,14 +189,13 @@ class RunLog:
     if not self._path.exists():
       return []
     try:
-      rows = list(csv.DictReader(io.StringIO(self._path.read_text())))
-      # A killed process may leave half a last row: None where columns are missing.
-      rows = [row for row in rows if row['step'] and None not in row.values()]
-      return [
+      text = self._path.read_text()
+      text = text[: text.rfind('\n') + 1]  # A killed process may leave half a last row.
+      rows = [
         {k: int(v) if k == 'step' else float(v) for k, v in row.items() if v}
-        for row in rows
-        if int(row['step']) <= last_step
+        for row in csv.DictReader(io.StringIO(text))
       ]
+      return [row for row in rows if row['step'] <= last_step]
     except (KeyError, ValueError, UnicodeDecodeError) as error:
       raise UnclipError(
         f'{self._path} does not look like the metrics of a run: move it away or choose another '
@@ -233,7 +234,8 @@ def _open_board(folder: epath.Path, step: int, console: Console) -> _Board | Non
     # Of the `train` extra: a run writes its CSV without it.
     from tensorboardX import SummaryWriter  # noqa: PLC0415
   except ImportError:
-    console.print("no TensorBoard files without tensorboardX: pip install 'unclip-jax[train]'")
+    text = "no TensorBoard files without tensorboardX: pip install 'unclip-jax[train]'"
+    console.print(text, markup=False, soft_wrap=True)
     return None
   make: Callable[..., _Board] = SummaryWriter
   # Readers drop what an earlier, killed process wrote beyond the step purged here.
