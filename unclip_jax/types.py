@@ -35,6 +35,7 @@ class Step(NamedTuple):
     log_var_min: float32, log of the posterior variance, the lower bound of a learned range.
     log_var_max: float32, log of beta of this transition, its upper bound.
     sigma: float32, DDIM's noise at eta = 1; 0 where x_s is x_0 and on the way up.
+    direction: float32, DDIM's weight of eps at eta = 1, sqrt(noise_var_next - sigma^2).
   """
 
   index: Array
@@ -48,6 +49,7 @@ class Step(NamedTuple):
   log_var_min: Array
   log_var_max: Array
   sigma: Array
+  direction: Array
 
 
 class Prediction(NamedTuple):

@@ -112,11 +112,13 @@ def ddim(eta: float | Array = 0.0) -> Sampler:
     raise UnclipError(f'eta {eta} is not within 0..1')
 
   def step_fn(key_b, x_t, prediction, step, state):
-    sigma = per_sample(eta, x_t) * per_sample(step.sigma, x_t)
+    eta_b, sigma = per_sample(eta, x_t), per_sample(step.sigma, x_t)
     signal = jnp.sqrt(per_sample(step.alpha_bar_next, x_t))
-    direction = jnp.sqrt(jnp.maximum(per_sample(step.noise_var_next, x_t) - sigma**2, 0.0))
+    # 1 - alpha_bar_next - (eta sigma)^2, as a sum: the difference has no digits left at eta = 1
+    # where x_t is all noise.
+    direction = jnp.sqrt(per_sample(step.direction, x_t) ** 2 + (1 - eta_b**2) * sigma**2)
     noise = step_noise(key_b, step, x_t.shape[1:])
-    return signal * prediction.x_0 + direction * prediction.eps + sigma * noise, state
+    return signal * prediction.x_0 + direction * prediction.eps + eta_b * sigma * noise, state
 
   return Sampler(lambda x_start: (), step_fn)
 

@@ -75,11 +75,13 @@ def _rows(t: np.ndarray, alpha_bar: np.ndarray, alpha_bar_next: np.ndarray) -> S
   if noise_var_next[-1] == 0 and len(t) > 1 and not up[-2]:
     # The last posterior variance is 0, its log -inf: Improved DDPM takes the one before.
     log_var_min[-1] = log_var_min[-2]
+  mean_x_t = np.where(up, signal, signal * shrink)
   floats = (
     alpha_bar, alpha_bar_next, noise_var, noise_var_next,
-    np.where(up, 0.0, np.sqrt(alpha_bar_next) * beta / np.where(up, 1.0, noise_var)),
-    np.where(up, signal, signal * shrink),
+    np.where(up, 0.0, np.sqrt(alpha_bar_next) * beta / np.where(up, 1.0, noise_var)), mean_x_t,
     log_var_min, log_var_max, np.sqrt(posterior_var),
+    # On the way down noise_var_next - posterior_var, without its cancellation.
+    np.where(up, np.sqrt(noise_var_next), mean_x_t * np.sqrt(noise_var)),
   )  # fmt: skip
   return Step(
     np.arange(len(t), dtype=np.int32), t.astype(np.int32), *(x.astype(np.float32) for x in floats)
@@ -163,7 +165,7 @@ def fast27_timesteps(total: int) -> np.ndarray:
   count = len(FAST27_SECTIONS)
   sizes = [total // count + (i < total % count) for i in range(count)]
   if any(size < n for size, n in zip(sizes, FAST27_SECTIONS, strict=True)):
-    raise UnclipError(f'fast27 needs a schedule of about 50 steps or more, this one has {total}')
+    raise UnclipError(f'fast27 needs a schedule of 47 steps or more, this one has {total}')
   starts = np.cumsum([0, *sizes[:-1]])
   steps = np.concatenate(list(map(_section, starts, sizes, FAST27_SECTIONS)))
   # GLIDE: the noisiest timestep gives DDIM artifacts.
