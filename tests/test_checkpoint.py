@@ -144,7 +144,7 @@ def test_a_damaged_checkpoint_is_named(saved, name):
 
 def test_unwritable_folder_is_named(tmp_path):
   (tmp_path / 'file').write_text('')
-  with pytest.raises(UnclipError, match='cannot use .*file/run for checkpoints'):
+  with pytest.raises(UnclipError, match=r'cannot use .*file/run for checkpoints'):
     Checkpoints(tmp_path / 'file' / 'run')
 
 

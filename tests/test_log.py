@@ -116,5 +116,5 @@ def test_progress_is_plain_lines_where_there_is_no_terminal(tmp_path):
 
 def test_unwritable_folder_is_named(tmp_path):
   (tmp_path / 'file').write_text('')
-  with pytest.raises(UnclipError, match='cannot write to the run folder .*file/run'):
+  with pytest.raises(UnclipError, match=r'cannot write to the run folder .*file/run'):
     RunLog(tmp_path / 'file' / 'run', 9, console=quiet())

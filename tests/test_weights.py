@@ -84,7 +84,10 @@ def test_dtype_casts_floats_alone(tmp_path):
   rounded = params['embed']['table'].astype(jnp.bfloat16).astype(jnp.float32)
   np.testing.assert_array_equal(got['embed']['table'], rounded)
   half = load_params(path, expected_of(params), jnp.float16)
-  assert {leaf.dtype for leaf in jax.tree.leaves(half)} == {jnp.dtype('float16'), jnp.dtype('int32')}
+  assert {leaf.dtype for leaf in jax.tree.leaves(half)} == {
+    jnp.dtype('float16'),
+    jnp.dtype('int32'),
+  }
 
 
 def test_arrays_go_where_the_expected_ones_are(saved):
@@ -143,7 +146,7 @@ def test_missing_and_extra_tensors_are_named(saved):
   path, params = saved
   with pytest.raises(UnclipError, match=r'prior\.safetensors lacks head\.bias'):
     load_params(path, expected_of(params | {'head': {'bias': jnp.ones(2)}}))
-  with pytest.raises(UnclipError, match='has embed.table, which nothing asks for'):
+  with pytest.raises(UnclipError, match=r'has embed\.table, which nothing asks for'):
     load_params(path, expected_of({k: v for k, v in params.items() if k != 'embed'}))
 
 
@@ -291,7 +294,7 @@ def test_folder_of_the_first_format_version_opens():
 
 
 def test_missing_folder_and_missing_manifest_are_named(tmp_path):
-  with pytest.raises(UnclipError, match='no model folder .*nope'):
+  with pytest.raises(UnclipError, match=r'no model folder .*nope'):
     read_manifest(tmp_path / 'nope')
   with pytest.raises(UnclipError, match=r'is not a model: it has no unclip\.json'):
     read_manifest(tmp_path)

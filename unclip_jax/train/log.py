@@ -164,7 +164,7 @@ class RunLog:
     """
     try:
       # Of the `train` extra: a run writes its CSV without it.
-      from matplotlib.figure import Figure  # noqa: PLC0415
+      from matplotlib.figure import Figure
     except ImportError:
       self.message("no curves without matplotlib: pip install 'unclip-jax[train]'")
       return None
@@ -232,7 +232,7 @@ def _to_csv(rows: list[dict[str, Any]], columns: list[str], header: bool) -> str
 def _open_board(folder: epath.Path, step: int, console: Console) -> _Board | None:
   try:
     # Of the `train` extra: a run writes its CSV without it.
-    from tensorboardX import SummaryWriter  # noqa: PLC0415
+    from tensorboardX import SummaryWriter
   except ImportError:
     text = "no TensorBoard files without tensorboardX: pip install 'unclip-jax[train]'"
     console.print(text, markup=False, soft_wrap=True)

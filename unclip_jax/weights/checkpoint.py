@@ -117,7 +117,7 @@ class Checkpoints:
       raise UnclipError(f'there is {which} in {self.folder}: check the folder, or start a new run')
     abstract = jax.tree.map(_with_sharding, like)
     path = self.folder / str(step)
-    damaged = f'the checkpoint {path} is damaged or not one of ours: delete it to use the one before'
+    damaged = f'the checkpoint {path} is damaged: delete it, and the one before is used'
     with _quiet():
       found = _or_none(lambda: self._manager.metadata(step).metadata)
       if not found:

@@ -143,7 +143,9 @@ def _is_remote(path: epath.Path) -> bool:
 def _local_copy(path: epath.Path) -> Iterator[Path]:
   """Gives a file that can be mapped into memory."""
   if not path.exists():
-    raise UnclipError(f'there is no weights file {path}: check the path, or download the model again')
+    raise UnclipError(
+      f'there is no weights file {path}: check the path, or download the model again'
+    )
   if not _is_remote(path):
     yield Path(path)
     return
