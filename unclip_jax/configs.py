@@ -1,0 +1,259 @@
+"""Every configuration as a frozen dataclass, and their way to and from JSON and the command line.
+
+The presets are in `presets.py`. A config is hashable, so that it can be a static argument of jit.
+"""
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Sequence
+from typing import Any
+
+from unclip_jax.types import UnclipError
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+  """A Transformer over caption tokens."""
+
+  vocab_size: int
+  context_length: int
+  width: int
+  depth: int
+  num_heads: int
+  mlp_activation: str = 'gelu'  # OpenAI's CLIP: quick_gelu
+
+
+@dataclasses.dataclass(frozen=True)
+class ViTConfig:
+  """The Vision Transformer of CLIP."""
+
+  image_size: int
+  patch_size: int
+  width: int
+  depth: int
+  num_heads: int
+  mlp_activation: str = 'gelu'
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvTowerConfig:
+  """A convolutional image tower, each width at half the resolution of the one before."""
+
+  image_size: int
+  widths: tuple[int, ...]
+  depth: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipConfig:
+  """CLIP: two towers into one space."""
+
+  text: TextConfig
+  vision: ViTConfig | ConvTowerConfig
+  embed_dim: int
+  unit_norm: bool = True  # Karlo and Kandinsky use the projections as they are
+  pixel_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+  pixel_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+
+@dataclasses.dataclass(frozen=True)
+class DiffusionConfig:
+  """The noise schedule and what the network predicts."""
+
+  schedule: str = 'cosine'  # or 'linear'
+  num_steps: int = 1000
+  prediction: str = 'eps'  # or 'x_0', 'v'
+  learned_variance: bool = False
+  clip_x_0: float | None = None
+  min_snr_gamma: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+  """How a stage is sampled unless the caller asks otherwise."""
+
+  num_steps: int
+  sampler: str = 'ddpm'  # or 'ddim'
+  spacing: str = 'strided'  # or 'karlo', 'fast27'
+  variance: str = 'fixed_small'  # of ddpm: or 'fixed_large', 'learned'
+  eta: float = 0.0  # of ddim
+  guidance_scale: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class PriorConfig:
+  """The diffusion prior (section 2.2)."""
+
+  embed_dim: int
+  text_width: int
+  context_length: int
+  width: int
+  depth: int
+  num_heads: int
+  diffusion: DiffusionConfig
+  sampling: SamplingConfig
+  unit_norm: bool = True  # sampled embeddings are put back on CLIP's unit sphere
+  num_candidates: int = 2  # drawn for each image; the one nearest to z_t is kept
+  text_drop: float = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class UNetConfig:
+  """The ADM U-Net."""
+
+  in_channels: int
+  out_channels: int
+  channels: int
+  multipliers: tuple[int, ...]
+  num_res_blocks: int
+  attention_levels: tuple[int, ...] = ()  # 0 is the highest resolution; also in the middle if any
+  head_dim: int = 64
+  context_dim: int | None = None  # width of the context that attention sees, if it sees one
+  condition_channels: int = 0  # of the image an upsampler is conditioned on
+  scale_shift: bool = True  # the timestep scales and shifts; False: it is added
+  patch_size: int = 1  # pixels folded into channels at both ends
+  dropout: float = 0.0
+  num_groups: int = 32
+
+  @property
+  def emb_dim(self) -> int:
+    """Width of the timestep embedding."""
+    return 4 * self.channels
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+  """The decoder (section 2.1): a GLIDE U-Net that also sees z_i.
+
+  With `text` its own Transformer reads the caption (the paper); without, the states and the
+  embedding of CLIP's text encoder are projected (Karlo).
+  """
+
+  image_size: int
+  embed_dim: int
+  unet: UNetConfig
+  diffusion: DiffusionConfig
+  sampling: SamplingConfig
+  text: TextConfig | None = None
+  clip_text_width: int | None = None
+  num_image_tokens: int = 4
+  embed_scale: float = 1.0  # z_i is multiplied by it; sqrt(embed_dim) for embeddings of unit norm
+  image_drop: float = 0.1
+  text_drop: float = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class UpsamplerConfig:
+  """A diffusion upsampler (section 2.1), unconditional but for the small image."""
+
+  image_size: int
+  low_size: int
+  unet: UNetConfig
+  diffusion: DiffusionConfig
+  sampling: SamplingConfig
+  crop_fraction: float = 0.25
+  degradation: str = 'blur'  # or 'bsr'
+  blur_sigma: float = 0.6
+  final_unet: bool = False  # Karlo: a second network takes the last step
+
+
+@dataclasses.dataclass(frozen=True)
+class UnclipConfig:
+  """The whole system."""
+
+  clip: ClipConfig
+  prior: PriorConfig
+  decoder: DecoderConfig
+  upsamplers: tuple[UpsamplerConfig, ...] = ()
+
+
+def to_json(config: Any) -> dict[str, Any]:
+  """A config as plain dicts and lists, ready for json.dumps."""
+  return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_json(cls: type, values: Any, where: str = 'config') -> Any:
+  """The inverse of `to_json`.
+
+  Raises:
+    UnclipError: on an unknown field, a missing one or a value of another type; names it.
+  """
+  if not isinstance(values, dict):
+    raise UnclipError(f'{where}: expected an object, got {type(values).__name__}')
+  fields = {f.name: f for f in dataclasses.fields(cls)}
+  if unknown := sorted(set(values) - set(fields)):
+    raise UnclipError(f'{where}: unknown field {unknown[0]!r} (it has: {", ".join(fields)})')
+  required = {
+    n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING
+  }
+  if missing := sorted(required - set(values)):
+    raise UnclipError(f'{where}: field {missing[0]!r} is missing')
+  hints = typing.get_type_hints(cls)
+  return cls(**{k: _convert(hints[k], v, f'{where}.{k}') for k, v in values.items()})
+
+
+def override(config: Any, assignments: Sequence[str]) -> Any:
+  """Applies `path.to.field=value` assignments, values as JSON (or a bare word).
+
+  Example: `override(config, ['decoder.unet.channels=64', 'decoder.unet.multipliers=[1,2]'])`.
+
+  Raises:
+    UnclipError: for a field that does not exist or a value of another type; names it.
+  """
+  values = to_json(config)
+  for assignment in assignments:
+    path, equals, text = assignment.partition('=')
+    if not equals:
+      raise UnclipError(f'--set {assignment!r}: write it as path.to.field=value')
+    try:
+      value = json.loads(text)
+    except json.JSONDecodeError:
+      value = text
+    *parents, leaf = path.strip().split('.')
+    node = values
+    for i, name in enumerate([*parents, leaf]):
+      key: Any = int(name) if isinstance(node, list) and name.isdigit() else name
+      known = range(len(node)) if isinstance(node, list) else node if isinstance(node, dict) else ()
+      if key not in known:
+        place = '.'.join([*parents, leaf][:i]) or 'the config'
+        raise UnclipError(f'--set {path}: {place} has no field {name!r}; it has: {_names(node)}')
+      if i < len(parents):
+        node = node[key]
+      else:
+        node[key] = value
+  return from_json(type(config), values, 'config')
+
+
+def _names(node: Any) -> str:
+  if isinstance(node, dict):
+    return ', '.join(node)
+  return f'0 to {len(node) - 1}' if isinstance(node, list) and node else 'nothing'
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+  """`value` from JSON as the type of a field, or an UnclipError that names the field."""
+  if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+    options = typing.get_args(hint)
+    if value is None and type(None) in options:
+      return None
+    options = [o for o in options if o is not type(None)]
+    if len(options) > 1 and isinstance(value, dict):
+      # Towers differ in their fields: the best match is the one meant, and reports its errors.
+      options.sort(key=lambda o: len({f.name for f in dataclasses.fields(o)} ^ set(value)))
+    return _convert(options[0], value, where)
+  if dataclasses.is_dataclass(hint):
+    return from_json(hint, value, where)
+  if typing.get_origin(hint) is tuple:
+    if not isinstance(value, list):
+      raise UnclipError(f'{where}: expected a list, got {value!r}')
+    args = typing.get_args(hint)
+    if args[-1] is not Ellipsis and len(args) != len(value):
+      raise UnclipError(f'{where}: expected {len(args)} values, got {len(value)}')
+    return tuple(_convert(args[0], v, f'{where}.{i}') for i, v in enumerate(value))
+  if hint is float and type(value) is int:
+    return float(value)
+  if type(value) is not hint:
+    raise UnclipError(f'{where}: expected {hint.__name__}, got {value!r}')
+  return value

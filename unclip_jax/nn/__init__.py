@@ -1,0 +1,1 @@
+"""The networks. They know nothing of noise schedules, files or devices."""

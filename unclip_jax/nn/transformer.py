@@ -1,0 +1,88 @@
+"""The pre-norm Transformer that CLIP, the prior and the decoder's text encoder share.
+
+A layer returns the keys and values of the positions it was given, and can be given those of
+positions before them: a prefix is then computed once and reused (paper section 2.2: nothing
+before the prior's timestep token depends on the timestep).
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from unclip_jax.nn.attention import attend
+from unclip_jax.nn.layers import LayerNorm, activation
+from unclip_jax.types import Array
+
+KeyValues = tuple[Array, Array]  # ([b, s, heads, head_dim], the same)
+
+
+class TransformerBlock(nn.Module):
+  """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+  width: int
+  num_heads: int
+  head_dim: int
+  mlp_width: int
+  mlp_activation: str = 'gelu'
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(
+    self, x: Array, mask: Array | None, cache: KeyValues | None = None
+  ) -> tuple[Array, KeyValues]:
+    """Args: x [b, t, width]; mask bool [b or 1, 1, t, s + t]; cache of s earlier positions."""
+    h = LayerNorm(dtype=self.dtype, name='attention_norm')(x)
+    qkv = nn.DenseGeneral((3, self.num_heads, self.head_dim), dtype=self.dtype, name='qkv')(h)
+    q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+    if cache is not None:
+      k = jnp.concatenate([cache[0], k], axis=1)
+      v = jnp.concatenate([cache[1], v], axis=1)
+    h = attend(q, k, v, mask)
+    x = x + nn.DenseGeneral(self.width, axis=(-2, -1), dtype=self.dtype, name='attention_out')(h)
+    h = LayerNorm(dtype=self.dtype, name='mlp_norm')(x)
+    h = nn.Dense(self.mlp_width, dtype=self.dtype, name='mlp_in')(h)
+    h = activation(self.mlp_activation)(h)
+    return x + nn.Dense(self.width, dtype=self.dtype, name='mlp_out')(h), (k, v)
+
+
+class Transformer(nn.Module):
+  """A stack of blocks. No final norm: its place differs from model to model."""
+
+  width: int
+  depth: int
+  num_heads: int
+  head_dim: int | None = None
+  mlp_ratio: float = 4.0
+  mlp_activation: str = 'gelu'
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(
+    self, x: Array, mask: Array | None = None, caches: tuple[KeyValues, ...] | None = None
+  ) -> tuple[Array, tuple[KeyValues, ...]]:
+    """Runs the blocks.
+
+    Args:
+      x: [b, t, width].
+      mask: bool [b or 1, 1, t, s + t], true where a query may look; None looks everywhere.
+      caches: keys and values of s earlier positions, a pair for each block.
+
+    Returns:
+      [b, t, width], and for each block the keys and values of all s + t positions.
+    """
+    head_dim = self.head_dim or self.width // self.num_heads
+    keys_values = []
+    for i in range(self.depth):
+      block = TransformerBlock(
+        width=self.width,
+        num_heads=self.num_heads,
+        head_dim=head_dim,
+        mlp_width=int(self.width * self.mlp_ratio),
+        mlp_activation=self.mlp_activation,
+        dtype=self.dtype,
+        name=f'block_{i}',
+      )
+      x, kv = block(x, mask, None if caches is None else caches[i])
+      keys_values.append(kv)
+    return x, tuple(keys_values)

@@ -1,0 +1,278 @@
+"""The presets: `tiny` (tests), `emoji_small` (32 -> 128), `emoji` (64 -> 256), `paper` (Table 3)."""
+
+import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from unclip_jax.configs import (
+  ClipConfig,
+  ConvTowerConfig,
+  DecoderConfig,
+  DiffusionConfig,
+  PriorConfig,
+  SamplingConfig,
+  TextConfig,
+  UnclipConfig,
+  UNetConfig,
+  UpsamplerConfig,
+  ViTConfig,
+)
+from unclip_jax.types import UnclipError
+
+TINY = UnclipConfig(
+  clip=ClipConfig(
+    text=TextConfig(vocab_size=300, context_length=12, width=24, depth=2, num_heads=2),
+    vision=ViTConfig(image_size=16, patch_size=4, width=24, depth=2, num_heads=2),
+    embed_dim=16,
+  ),
+  prior=PriorConfig(
+    embed_dim=16,
+    text_width=24,
+    context_length=12,
+    width=32,
+    depth=2,
+    num_heads=2,
+    diffusion=DiffusionConfig(prediction='x_0'),
+    sampling=SamplingConfig(num_steps=3),
+  ),
+  decoder=DecoderConfig(
+    image_size=16,
+    embed_dim=16,
+    embed_scale=4.0,
+    unet=UNetConfig(
+      in_channels=3,
+      out_channels=6,
+      channels=16,
+      multipliers=(1, 2),
+      num_res_blocks=1,
+      attention_levels=(1,),
+      head_dim=16,
+      context_dim=24,
+      num_groups=8,
+    ),
+    diffusion=DiffusionConfig(learned_variance=True, clip_x_0=1.0),
+    sampling=SamplingConfig(num_steps=4, variance='learned', guidance_scale=2.0),
+    text=TextConfig(vocab_size=300, context_length=12, width=24, depth=1, num_heads=2),
+  ),
+  upsamplers=(
+    UpsamplerConfig(
+      image_size=32,
+      low_size=16,
+      unet=UNetConfig(
+        in_channels=3,
+        out_channels=3,
+        channels=16,
+        multipliers=(1, 2),
+        num_res_blocks=1,
+        condition_channels=3,
+        patch_size=2,
+        num_groups=8,
+      ),
+      diffusion=DiffusionConfig(clip_x_0=1.0),
+      sampling=SamplingConfig(num_steps=3, sampler='ddim'),
+      crop_fraction=0.5,
+    ),
+  ),
+)
+
+_EMOJI_TEXT = TextConfig(vocab_size=4096, context_length=32, width=128, depth=3, num_heads=4)
+
+EMOJI_SMALL = UnclipConfig(
+  clip=ClipConfig(
+    text=_EMOJI_TEXT,
+    vision=ConvTowerConfig(image_size=32, widths=(48, 96, 160), depth=2),
+    embed_dim=128,
+  ),
+  prior=PriorConfig(
+    embed_dim=128,
+    text_width=128,
+    context_length=32,
+    width=192,
+    depth=4,
+    num_heads=4,
+    diffusion=DiffusionConfig(prediction='x_0'),
+    sampling=SamplingConfig(num_steps=25),
+  ),
+  decoder=DecoderConfig(
+    image_size=32,
+    embed_dim=128,
+    embed_scale=128**0.5,
+    unet=UNetConfig(
+      in_channels=3,
+      out_channels=6,
+      channels=64,
+      multipliers=(1, 2, 3),
+      num_res_blocks=2,
+      attention_levels=(1, 2),
+      head_dim=32,
+      context_dim=128,
+      patch_size=2,
+      num_groups=16,
+    ),
+    diffusion=DiffusionConfig(
+      prediction='v', learned_variance=True, clip_x_0=1.0, min_snr_gamma=5.0
+    ),
+    sampling=SamplingConfig(num_steps=50, variance='learned', guidance_scale=2.0),
+    text=dataclasses.replace(_EMOJI_TEXT, depth=2),
+  ),
+  upsamplers=(
+    UpsamplerConfig(
+      image_size=128,
+      low_size=32,
+      unet=UNetConfig(
+        in_channels=3,
+        out_channels=3,
+        channels=48,
+        multipliers=(1, 2, 3),
+        num_res_blocks=1,
+        condition_channels=3,
+        patch_size=2,
+        num_groups=16,
+      ),
+      diffusion=DiffusionConfig(prediction='v', clip_x_0=1.0, min_snr_gamma=5.0),
+      sampling=SamplingConfig(num_steps=15, sampler='ddim'),
+    ),
+  ),
+)
+
+EMOJI = UnclipConfig(
+  clip=ClipConfig(
+    text=dataclasses.replace(_EMOJI_TEXT, width=256, depth=4),
+    vision=ConvTowerConfig(image_size=64, widths=(64, 128, 192, 256), depth=2),
+    embed_dim=256,
+  ),
+  prior=PriorConfig(
+    embed_dim=256,
+    text_width=256,
+    context_length=32,
+    width=320,
+    depth=6,
+    num_heads=5,
+    diffusion=DiffusionConfig(prediction='x_0'),
+    sampling=SamplingConfig(num_steps=64),
+  ),
+  decoder=DecoderConfig(
+    image_size=64,
+    embed_dim=256,
+    embed_scale=16.0,
+    unet=UNetConfig(
+      in_channels=3,
+      out_channels=6,
+      channels=64,
+      multipliers=(1, 2, 2, 3),
+      num_res_blocks=2,
+      attention_levels=(2, 3),
+      head_dim=32,
+      context_dim=192,
+      dropout=0.1,
+    ),
+    diffusion=DiffusionConfig(learned_variance=True, clip_x_0=1.0, min_snr_gamma=5.0),
+    sampling=SamplingConfig(num_steps=100, variance='learned', guidance_scale=2.0),
+    text=dataclasses.replace(_EMOJI_TEXT, width=192, depth=2),
+  ),
+  upsamplers=(
+    UpsamplerConfig(
+      image_size=256,
+      low_size=64,
+      unet=UNetConfig(
+        in_channels=3,
+        out_channels=3,
+        channels=32,
+        multipliers=(1, 2, 3, 4),
+        num_res_blocks=1,
+        condition_channels=3,
+      ),
+      diffusion=DiffusionConfig(clip_x_0=1.0, min_snr_gamma=5.0),
+      sampling=SamplingConfig(num_steps=27, sampler='ddim', spacing='fast27'),
+    ),
+  ),
+)
+
+# 49,408 is the vocabulary of CLIP's byte-pair encoding; the paper's text contexts are 256 long.
+_PAPER_TEXT = TextConfig(
+  vocab_size=49408, context_length=256, width=2048, depth=24, num_heads=32
+)
+
+PAPER = UnclipConfig(
+  clip=ClipConfig(
+    text=dataclasses.replace(_PAPER_TEXT, width=1024, num_heads=16),
+    vision=ViTConfig(image_size=256, patch_size=16, width=1280, depth=32, num_heads=16),
+    embed_dim=1024,
+  ),
+  prior=PriorConfig(
+    embed_dim=1024,
+    text_width=1024,
+    context_length=256,
+    width=2048,
+    depth=24,
+    num_heads=32,
+    diffusion=DiffusionConfig(prediction='x_0'),
+    sampling=SamplingConfig(num_steps=64),
+  ),
+  decoder=DecoderConfig(
+    image_size=64,
+    embed_dim=1024,
+    embed_scale=32.0,
+    unet=UNetConfig(
+      in_channels=3,
+      out_channels=6,
+      channels=512,
+      multipliers=(1, 2, 3, 4),
+      num_res_blocks=3,
+      attention_levels=(1, 2, 3),
+      head_dim=64,
+      context_dim=2048,
+      dropout=0.1,
+    ),
+    diffusion=DiffusionConfig(learned_variance=True, clip_x_0=1.0),
+    sampling=SamplingConfig(num_steps=250, variance='learned', guidance_scale=1.25),
+    text=_PAPER_TEXT,
+  ),
+  upsamplers=(
+    UpsamplerConfig(
+      image_size=256,
+      low_size=64,
+      unet=UNetConfig(
+        in_channels=3,
+        out_channels=3,
+        channels=320,
+        multipliers=(1, 2, 3, 4),
+        num_res_blocks=3,
+        condition_channels=3,
+        dropout=0.1,
+      ),
+      diffusion=DiffusionConfig(clip_x_0=1.0),
+      sampling=SamplingConfig(num_steps=27, sampler='ddim', spacing='fast27'),
+    ),
+    UpsamplerConfig(
+      image_size=1024,
+      low_size=256,
+      unet=UNetConfig(
+        in_channels=3,
+        out_channels=3,
+        channels=192,
+        multipliers=(1, 1, 2, 2, 4, 4),
+        num_res_blocks=2,
+        condition_channels=3,
+      ),
+      diffusion=DiffusionConfig(schedule='linear', clip_x_0=1.0),
+      sampling=SamplingConfig(num_steps=15, sampler='ddim'),
+      degradation='bsr',
+    ),
+  ),
+)
+
+PRESETS: Mapping[str, UnclipConfig] = MappingProxyType(
+  {'tiny': TINY, 'emoji_small': EMOJI_SMALL, 'emoji': EMOJI, 'paper': PAPER}
+)
+
+
+def preset(name: str) -> UnclipConfig:
+  """The preset of that name.
+
+  Raises:
+    UnclipError: there is none; names those that exist.
+  """
+  if name not in PRESETS:
+    raise UnclipError(f'there is no preset {name!r}: take one of {", ".join(PRESETS)}')
+  return PRESETS[name]

@@ -1,0 +1,1 @@
+"""The stages: each binds one network to the maths (init, loss, sample), as pure functions."""

@@ -1,0 +1,103 @@
+"""What the diffusion stages share: a config's schedule, plan and sampler, and the denoiser."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from unclip_jax.configs import DiffusionConfig, SamplingConfig
+from unclip_jax.diffusion import gaussian, guidance, samplers, schedule
+from unclip_jax.types import Array, DenoiseFn, Prediction, Step, UnclipError
+
+
+def make_schedule(config: DiffusionConfig) -> schedule.Schedule:
+  """The noise schedule of a config.
+
+  Raises:
+    UnclipError: an unknown schedule.
+  """
+  match config.schedule:
+    case 'cosine':
+      return schedule.cosine_schedule(config.num_steps)
+    case 'linear':
+      return schedule.linear_schedule(config.num_steps)
+  raise UnclipError(f'there is no schedule {config.schedule!r}: take cosine or linear')
+
+
+def make_plan(diffusion: DiffusionConfig, sampling: SamplingConfig) -> Step:
+  """The transitions of a full sampling run, Step of numpy arrays [num_steps].
+
+  Raises:
+    UnclipError: an unknown spacing, or more steps than the schedule has, or fewer than 1.
+  """
+  total, n = diffusion.num_steps, sampling.num_steps
+  match sampling.spacing:
+    case 'strided':
+      timesteps = schedule.strided_timesteps(total, n)
+    case 'karlo':
+      timesteps = schedule.karlo_timesteps(total, n)
+    case 'fast27':
+      # 27 is what the spacing is; asking for another number of steps is asking for strides.
+      timesteps = schedule.strided_timesteps(total, n)
+      if n == len(fast27 := schedule.fast27_timesteps(total)):
+        timesteps = fast27
+    case _:
+      raise UnclipError(
+        f'there is no spacing {sampling.spacing!r}: take strided, karlo or fast27'
+      )
+  return schedule.make_plan(make_schedule(diffusion), timesteps)
+
+
+def make_sampler(name: str, variance: str, eta: Array | float = 0.0) -> samplers.Sampler:
+  """The sampler that a config names.
+
+  Raises:
+    UnclipError: an unknown sampler or variance.
+  """
+  match name:
+    case 'ddpm':
+      return samplers.ddpm(variance)
+    case 'ddim':
+      return samplers.ddim(eta)
+  raise UnclipError(f'there is no sampler {name!r}: take ddpm or ddim')
+
+
+def draw_training_step(
+  config: DiffusionConfig, key: Array, x_0: Array
+) -> tuple[Array, Array, Step]:
+  """Uniform timesteps and unit noise for a batch: x_t [b, ...], eps [b, ...], rows [b]."""
+  key_t, key_eps = jax.random.split(key)
+  t = jax.random.randint(key_t, x_0.shape[:1], 0, config.num_steps)
+  step = schedule.take_rows(schedule.training_table(make_schedule(config)), t)
+  eps = jax.random.normal(key_eps, x_0.shape, jnp.float32)
+  return gaussian.q_sample(x_0, eps, step), eps, step
+
+
+def make_denoise_fn(
+  evaluate: Callable[[Array, Array], Array],
+  time_embs: Array,
+  diffusion: DiffusionConfig,
+  guidance_scale: Array | None,
+) -> DenoiseFn:
+  """The denoiser that a sampling loop calls.
+
+  Args:
+    evaluate: (x_t, time_emb) -> output; on an interleaved pair of twice the batch if guided.
+    time_embs: [n, e], the embeddings of the plan's timesteps, by their index.
+    diffusion: what the network predicts.
+    guidance_scale: a scalar or [b]; None runs the conditional half alone.
+  """
+  limit = None if diffusion.clip_x_0 is None else guidance.clip_x_0(diffusion.clip_x_0)
+
+  def denoise_fn(x_t: Array, step: Step) -> Prediction:
+    emb = jax.lax.dynamic_index_in_dim(time_embs, step.index, keepdims=True)
+    x = x_t if guidance_scale is None else guidance.interleave(x_t, x_t)
+    emb = jnp.broadcast_to(emb, (x.shape[0], emb.shape[1]))
+    output = evaluate(x, emb)
+    if guidance_scale is not None:
+      output = guidance.guide(output, guidance_scale, diffusion.learned_variance)
+    return gaussian.predict(
+      output, x_t, step, diffusion.prediction, diffusion.learned_variance, limit
+    )
+
+  return denoise_fn

@@ -1,0 +1,136 @@
+"""The decoder as a stage (section 2.1): from z_i and the caption to an image of 64 pixels."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from unclip_jax.configs import DecoderConfig
+from unclip_jax.diffusion import guidance, losses, samplers
+from unclip_jax.nn.clip import TextFeatures
+from unclip_jax.nn.decoder import DecoderNetwork
+from unclip_jax.stages.common import draw_training_step, make_denoise_fn
+from unclip_jax.stages.diffusion_prior import drop_text
+from unclip_jax.types import Array, Params, Step
+
+
+def init(config: DecoderConfig, key: Array) -> Params:
+  """Fresh parameters."""
+  length = 8 if config.text is None else config.text.context_length
+  text = TextFeatures(
+    ids=jnp.zeros((1, length), jnp.int32),
+    mask=jnp.ones((1, length), bool),
+    states=jnp.zeros((1, length, config.clip_text_width or 1)),
+    z_t=jnp.zeros((1, config.embed_dim)),
+  )
+  x_t = jnp.zeros((1, config.image_size, config.image_size, config.unet.in_channels))
+  z_i, t = jnp.zeros((1, config.embed_dim)), jnp.zeros(1, jnp.int32)
+  network = DecoderNetwork(config)
+  return network.init(key, x_t, t, text, z_i, jnp.ones(1, bool), True, method='predict')['params']
+
+
+def loss(
+  config: DecoderConfig,
+  params: Params,
+  image_bhwc: Array,
+  z_i: Array,
+  text: TextFeatures,
+  null_text: TextFeatures,
+  key: Array,
+  dtype: Any = jnp.float32,
+) -> tuple[Array, dict[str, Array]]:
+  """The diffusion loss, hybrid where the variance is learned.
+
+  z_i is dropped for 10% of the images and the caption for 50%, independently of each other.
+
+  Args:
+    config: the decoder's.
+    params: the network's.
+    image_bhwc: [b, h, w, 3] in [-1, 1].
+    z_i: [b, embed_dim] their CLIP embeddings.
+    text: features of their captions.
+    null_text: features [1] of the empty caption.
+    key: of this step.
+    dtype: the network's.
+
+  Returns:
+    The loss, and the means of the metrics of `diffusion_loss`.
+  """
+  key_text, key_image, key_step, key_dropout = jax.random.split(key, 4)
+  text = drop_text(key_text, text, null_text, config.text_drop)
+  has_z_i = jax.random.bernoulli(key_image, 1 - config.image_drop, (z_i.shape[0],))
+  diffusion = config.diffusion
+  x_t, eps, step = draw_training_step(diffusion, key_step, image_bhwc)
+  output = DecoderNetwork(config, dtype).apply(
+    {'params': params},
+    x_t,
+    step.t,
+    text,
+    z_i,
+    has_z_i,
+    False,
+    method='predict',
+    rngs={'dropout': key_dropout},
+  )
+  loss_b, metrics = losses.diffusion_loss(
+    output,
+    image_bhwc,
+    eps,
+    x_t,
+    step,
+    diffusion.prediction,
+    diffusion.learned_variance,
+    diffusion.min_snr_gamma,
+  )
+  return loss_b.mean(), jax.tree.map(jnp.mean, metrics)
+
+
+def sample(
+  config: DecoderConfig,
+  params: Params,
+  text: TextFeatures,
+  null_text: TextFeatures,
+  z_i: Array,
+  key_b: Array,
+  plan: Step,
+  sampler: samplers.Sampler,
+  guidance_scale: Array | None = None,
+  x_start: Array | None = None,
+  with_trajectory: bool = False,
+  dtype: Any = jnp.float32,
+) -> tuple[Array, samplers.Trajectory | None]:
+  """Draws images, float32 [b, image_size, image_size, 3] around [-1, 1].
+
+  Args:
+    config: the decoder's.
+    params: the network's.
+    text: features of b captions.
+    null_text: features [b] of what guidance leads away from: empty or negative captions. The
+      unconditional half has no z_i either.
+    z_i: [b, embed_dim] CLIP image embeddings.
+    key_b: typed keys [b].
+    plan: of `common.make_plan`.
+    sampler: of `common.make_sampler`.
+    guidance_scale: scalar or [b]; None draws without guidance at half the cost.
+    x_start: [b, image_size, image_size, 3] the noise to start from; drawn from the keys if None.
+    with_trajectory: whether to return what lay between.
+    dtype: the network's.
+  """
+  if x_start is None:
+    size = config.image_size
+    x_start = samplers.start_noise(key_b, (size, size, config.unet.in_channels))
+  network, variables = DecoderNetwork(config, dtype), {'params': params}
+  cond = (text, z_i, jnp.ones(z_i.shape[:1], bool))
+  if guidance_scale is not None:
+    uncond = (null_text, z_i, jnp.zeros(z_i.shape[:1], bool))
+    cond = guidance.interleave(cond, uncond)
+  conditioning = network.apply(variables, *cond, method='encode_conditioning')
+  time_embs = network.apply(variables, plan.t, method='encode_time')
+  denoise_fn = make_denoise_fn(
+    lambda x, emb: network.apply(variables, x, emb, conditioning),
+    time_embs,
+    config.diffusion,
+    guidance_scale,
+  )
+  result = samplers.sample_loop(denoise_fn, sampler, plan, x_start, key_b, with_trajectory)
+  return result if with_trajectory else (result, None)
