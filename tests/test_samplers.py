@@ -21,6 +21,10 @@ def keys(n, seed=0):
   return jax.random.split(jax.random.key(seed), n)
 
 
+def part(plan, rows):
+  return jax.tree.map(lambda values: jnp.asarray(values[rows]), plan)
+
+
 def gaussian_denoiser(x_t, step):
   """The exact E[x_0 | x_t] for x_0 ~ N(MEAN, STD^2), and the exact variance of x_s given x_t."""
   signal, noise = gaussian.signal_and_noise(step, x_t)
@@ -234,7 +238,7 @@ def test_noise_differs_between_start_steps_and_samples():
   plan = make_plan(SCHEDULE, strided(1000, 3))
   draws = [samplers.start_noise(key_b, (4,))]
   for i in range(3):
-    draws.append(samplers.step_noise(key_b, jax.tree.map(lambda values: values[i], plan), (4,)))
+    draws.append(samplers.step_noise(key_b, part(plan, i), (4,)))
   assert len(np.unique(np.stack(draws))) == 4 * 2 * 4
 
 
@@ -243,7 +247,7 @@ def test_a_plan_in_two_parts_gives_the_same_sample():
   plan = make_plan(SCHEDULE, strided(1000, 7))
   x_T = samplers.start_noise(key_b, (3,))
   sampler = samplers.ddim(0.5)
-  first, last = (jax.tree.map(lambda v: v[part], plan) for part in (slice(0, 6), slice(6, 7)))
+  first, last = part(plan, slice(0, 6)), part(plan, slice(6, 7))
   x_s = sample_loop(gaussian_denoiser, sampler, first, x_T, key_b)
   halves = sample_loop(gaussian_denoiser, sampler, last, x_s, key_b)
   whole = sample_loop(gaussian_denoiser, sampler, plan, x_T, key_b)
@@ -260,7 +264,7 @@ def test_the_trajectory_is_what_the_loop_went_through():
   assert np.array_equal(trajectory.x_s[-1], x_0)
   x_t = x_T
   for i in range(7):
-    step = jax.tree.map(lambda values: jnp.asarray(values[i]), plan)
+    step = part(plan, i)
     prediction = gaussian_denoiser(x_t, step)
     np.testing.assert_allclose(trajectory.x_0[i], prediction.x_0, atol=1e-6)
     x_t, _ = sampler.step(key_b, x_t, prediction, step, ())
@@ -319,16 +323,16 @@ def test_eta_may_be_each_samples_own():
     np.testing.assert_allclose(both[i], one[i], atol=1e-6)
 
 
-def test_a_step_gathers_nothing_and_branches_on_nothing():
+@pytest.mark.parametrize('sampler', [samplers.ddpm('learned'), samplers.ddim(0.5)])
+def test_a_step_gathers_nothing_and_branches_on_nothing(sampler):
   plan = make_plan(SCHEDULE, strided(1000, 5))
-  x_T = jnp.zeros((2, 4))
-  for sampler in (samplers.ddpm('learned'), samplers.ddim(0.5)):
-    loop = jax.make_jaxpr(
-      lambda plan, key_b: samplers.sample_loop(gaussian_denoiser, sampler, plan, x_T, key_b)
-    )
-    jaxpr = str(loop(plan, keys(2)))
-    assert 'scan[' in jaxpr
-    assert not any(word in jaxpr for word in ('gather', 'dynamic_slice', 'cond[', 'while['))
+
+  def loop(plan, key_b):
+    return samplers.sample_loop(gaussian_denoiser, sampler, plan, jnp.zeros((2, 4)), key_b)
+
+  jaxpr = str(jax.make_jaxpr(loop)(plan, keys(2)))
+  assert 'scan[' in jaxpr
+  assert not any(word in jaxpr for word in ('gather', 'dynamic_slice', 'cond[', 'while['))
 
 
 def test_a_bfloat16_start_is_carried_in_float32():

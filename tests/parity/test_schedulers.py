@@ -15,6 +15,7 @@ from diffusers.schedulers import scheduling_ddpm, scheduling_unclip
 
 from unclip_jax.diffusion import gaussian, guidance, samplers
 from unclip_jax.diffusion import schedule as sch
+from unclip_jax.types import Step
 
 SHAPE = (3, 4, 5, 3)
 SCHEDULES = {'squaredcos_cap_v2': sch.cosine_schedule(), 'linear': sch.linear_schedule()}
@@ -41,7 +42,7 @@ def with_float64_tables(scheduler, schedule):
 
 
 def rows(plan):
-  return [jax.tree.map(lambda values: jnp.asarray(values[i]), plan) for i in range(len(plan.t))]
+  return [Step(*map(jnp.asarray, row)) for row in zip(*plan, strict=True)]
 
 
 def inputs(step, channels):

@@ -60,8 +60,9 @@ def diffusion_loss(
 
   Args:
     output: [b, ..., c or 2 c], the network at x_t, any float type.
-    x_0, eps, x_t: [b, ..., c], with x_t = q_sample(x_0, eps, step_b). With learned_variance x_0
-      is an image of 256 levels within [-1, 1].
+    x_0: [b, ..., c]; with learned_variance an image of 256 levels within [-1, 1].
+    eps: [b, ..., c], unit noise.
+    x_t: [b, ..., c], q_sample(x_0, eps, step_b), in float32 where the variance is learned.
     step_b: rows of the training table, arrays [b].
     prediction_type: 'eps', 'x_0' or 'v', what L_simple is the mean squared error of.
     learned_variance: whether the second half of the channels is a learned range.

@@ -38,6 +38,7 @@ class Schedule:
 
   @property
   def num_steps(self) -> int:
+    """T, the number of timesteps of the full chain."""
     return len(self.alpha_bar)
 
 
@@ -68,23 +69,32 @@ def _rows(t: np.ndarray, alpha_bar: np.ndarray, alpha_bar_next: np.ndarray) -> S
   beta = (high - low) / high
   signal = np.sqrt(low / high)
   # On the way up there is no posterior, and x_t may be x_0, without noise to divide by.
-  shrink = noise_var_next / np.where(up, 1.0, noise_var)
-  posterior_var = np.where(up, 0.0, shrink * beta)
-  log_var_max = np.log(beta)
+  divisor = np.where(up, 1.0, noise_var)
+  mean_x_0 = np.where(up, 0.0, np.sqrt(alpha_bar_next) * beta / divisor)
+  mean_x_t = np.where(up, signal, signal * noise_var_next / divisor)
+  posterior_var = np.where(up, 0.0, beta * noise_var_next / divisor)
+  # On the way down this is noise_var_next - posterior_var, without its cancellation.
+  direction = np.where(up, np.sqrt(noise_var_next), mean_x_t * np.sqrt(noise_var))
   log_var_min = np.log(np.where(posterior_var > 0, posterior_var, beta))
   if noise_var_next[-1] == 0 and len(t) > 1 and not up[-2]:
     # The last posterior variance is 0, its log -inf: Improved DDPM takes the one before.
     log_var_min[-1] = log_var_min[-2]
-  mean_x_t = np.where(up, signal, signal * shrink)
-  floats = (
-    alpha_bar, alpha_bar_next, noise_var, noise_var_next,
-    np.where(up, 0.0, np.sqrt(alpha_bar_next) * beta / np.where(up, 1.0, noise_var)), mean_x_t,
-    log_var_min, log_var_max, np.sqrt(posterior_var),
-    # On the way down noise_var_next - posterior_var, without its cancellation.
-    np.where(up, np.sqrt(noise_var_next), mean_x_t * np.sqrt(noise_var)),
-  )  # fmt: skip
+  floats = {
+    'alpha_bar': alpha_bar,
+    'alpha_bar_next': alpha_bar_next,
+    'noise_var': noise_var,
+    'noise_var_next': noise_var_next,
+    'mean_x_0': mean_x_0,
+    'mean_x_t': mean_x_t,
+    'log_var_min': log_var_min,
+    'log_var_max': np.log(beta),
+    'sigma': np.sqrt(posterior_var),
+    'direction': direction,
+  }
   return Step(
-    np.arange(len(t), dtype=np.int32), t.astype(np.int32), *(x.astype(np.float32) for x in floats)
+    index=np.arange(len(t), dtype=np.int32),
+    t=t.astype(np.int32),
+    **{name: column.astype(np.float32) for name, column in floats.items()},
   )
 
 
