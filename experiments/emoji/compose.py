@@ -1,0 +1,294 @@
+"""Pictures and captions composed from sprites, each a pure function of (seed, index).
+
+Sprites are premultiplied by their alpha before they are resized, so that transparent pixels never
+bleed into the edges.
+"""
+
+import dataclasses
+import functools
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from experiments.emoji import captions
+from experiments.emoji.concepts import SPLITS
+from unclip_jax.data.sources import data_source
+from unclip_jax.types import UnclipError
+
+SHIPPED = Path(__file__).parent / 'data' / '64px'
+
+OBJECT_SCALE = 0.92  # of the picture's side: a rim of background tells its colour
+SCENE_SCALE = 0.46
+MAX_SHARED = 8  # concepts that may share a keyword
+SCENE_OFFSET = 0.245  # of an object's centre from the picture's
+
+
+@dataclasses.dataclass(frozen=True)
+class Sprites:
+  """All sprites of a build in their stored order, the splits one after the other.
+
+  Attributes:
+    rgba: uint8 [n, size, size, 4], colours not premultiplied.
+    style, concept, label, group, split: one string a sprite.
+    keywords: a list of strings a sprite; words that many concepts share ('button') are left out.
+  """
+
+  rgba: np.ndarray
+  style: np.ndarray
+  concept: np.ndarray
+  label: np.ndarray
+  group: np.ndarray
+  split: np.ndarray
+  keywords: list[list[str]]
+
+  def __len__(self) -> int:
+    return len(self.rgba)
+
+
+class Truth(NamedTuple):
+  """What a picture shows.
+
+  Attributes:
+    caption: in words.
+    sprite_index: index into Sprites of the (first) object.
+    second_index: of the second object in a scene; in other pictures the same as sprite_index.
+    is_scene: whether there are two objects.
+    relation: index into captions.RELATIONS of where the first stands; 0 where there is one object.
+    background: index into captions.COLOUR_NAMES.
+  """
+
+  caption: str
+  sprite_index: int
+  second_index: int
+  is_scene: bool
+  relation: int
+  background: int
+
+
+class Example(NamedTuple):
+  """A picture, uint8 [size, size, 3], and what it shows; the fields of Truth follow the image's."""
+
+  image: np.ndarray
+  caption: str
+  sprite_index: int
+  second_index: int
+  is_scene: bool
+  relation: int
+  background: int
+
+
+@functools.lru_cache(maxsize=2)
+def load_sprites(data_dir: Path | None = None) -> Sprites:
+  """Reads every sprite of a build into memory.
+
+  Args:
+    data_dir: the folder of a build; None is the 64 px build that comes with the repository.
+
+  Raises:
+    UnclipError: the folder holds no such build, or a shard is cut short.
+  """
+  records, split_of = [], []
+  for split in SPLITS:
+    split_records = list(data_source(data_dir or SHIPPED, split))
+    records += split_records
+    split_of += [split] * len(split_records)
+  keywords = [[_text(word) for word in record['keywords']] for record in records]
+  text = {
+    name: np.array([_text(record[name]) for record in records])
+    for name in ('style', 'concept', 'label', 'group')
+  }
+  return Sprites(
+    rgba=np.stack([decode(record['sprite']) for record in records]),
+    split=np.array(split_of),
+    keywords=_specific(keywords, text['concept']),
+    **text,
+  )
+
+
+class CaptionedEmoji:
+  """A data source for Grain: `source[index]` is an Example that depends on (seed, index) alone."""
+
+  def __init__(
+    self,
+    sprites: Sprites,
+    size: int,
+    num_examples: int,
+    seed: int,
+    splits: Sequence[str] = ('train',),
+    styles: Sequence[str] | None = None,
+    groups: Sequence[str] | None = None,
+    scene_fraction: float = 0.15,
+    jitter: float = 0.04,
+  ):
+    """Chooses what is drawn.
+
+    Args:
+      sprites: of a build.
+      size: side of the pictures in pixels.
+      num_examples: length of the source.
+      seed: of everything random.
+      splits: which splits the pictures belong to. A scene belongs to the strictest of its objects'.
+      styles: restricts the styles; None is all.
+      groups: restricts emojibase's groups, e.g. ('food-drink',); None is all.
+      scene_fraction: how many pictures show two objects.
+      jitter: largest relative change of scale, and largest shift relative to the picture's side.
+
+    Raises:
+      UnclipError: an unknown split, style or group, or no sprite fits.
+    """
+    _check_known('split', splits, SPLITS)
+    _check_known('style', styles or (), np.unique(sprites.style))
+    _check_known('group', groups or (), np.unique(sprites.group))
+    fits = np.ones(len(sprites), bool)
+    if styles is not None:
+      fits &= np.isin(sprites.style, styles)
+    if groups is not None:
+      fits &= np.isin(sprites.group, groups)
+    self._strictness = np.array([SPLITS.index(split) for split in sprites.split])
+    self._primary = np.flatnonzero(fits & np.isin(sprites.split, splits))
+    if not len(self._primary):
+      raise UnclipError(f'no sprite of splits {tuple(splits)}, styles {styles}, groups {groups}')
+    self._partners = {
+      (style, strictness): np.flatnonzero(
+        fits & (sprites.style == style) & (self._strictness <= strictness)
+      )
+      for style in np.unique(sprites.style)
+      for strictness in range(len(SPLITS))
+    }
+    self._sprites = sprites
+    self._premultiplied = [
+      Image.fromarray(rgba, 'RGBA').convert('RGBa') for rgba in _padded(sprites.rgba)
+    ]
+    self._size, self._num_examples, self._seed = size, num_examples, seed
+    self._scene_fraction, self._jitter = scene_fraction, jitter
+
+  def __len__(self) -> int:
+    return self._num_examples
+
+  def __getitem__(self, index: int) -> Example:
+    rng = np.random.default_rng((self._seed, index))
+    truth = self._draw_truth(rng)
+    canvas = self._canvas(truth.background)
+    if truth.is_scene:
+      dx, dy = ((-1, 0), (1, 0), (0, -1), (0, 1))[truth.relation]
+      for sprite, sign in ((truth.sprite_index, 1), (truth.second_index, -1)):
+        centre = (0.5 + sign * dx * SCENE_OFFSET, 0.5 + sign * dy * SCENE_OFFSET)
+        self._paint(canvas, rng, sprite, SCENE_SCALE, centre)
+    else:
+      self._paint(canvas, rng, truth.sprite_index, OBJECT_SCALE, (0.5, 0.5))
+    return Example(np.clip(np.rint(canvas), 0, 255).astype(np.uint8), *truth)
+
+  def truth(self, index: int) -> Truth:
+    """Returns the same as `source[index]` without its picture."""
+    return self._draw_truth(np.random.default_rng((self._seed, index)))
+
+  def _draw_truth(self, rng: np.random.Generator) -> Truth:
+    sprites = self._sprites
+    first = int(self._primary[rng.integers(len(self._primary))])
+    background = captions.draw_colour(rng)
+    style = sprites.style[first]
+    if rng.random() < self._scene_fraction:
+      partner = self._draw_partner(rng, first)
+      if partner is not None:
+        first, second = (first, partner) if rng.random() < 0.5 else (partner, first)
+        relation = int(rng.integers(len(captions.RELATIONS)))
+        words = (sprites.label[first], sprites.label[second], captions.RELATIONS[relation])
+        caption = captions.scene_caption(rng, *words, style, background)
+        return Truth(caption, first, second, True, relation, background)
+    keywords = sprites.keywords[first]
+    caption = captions.object_caption(rng, sprites.label[first], keywords, style, background)
+    return Truth(caption, first, first, False, 0, background)
+
+  def _draw_partner(self, rng: np.random.Generator, primary: int) -> int | None:
+    """Returns a sprite of the style, of another concept and no stricter split, if there is one."""
+    sprites = self._sprites
+    partners = self._partners[sprites.style[primary], self._strictness[primary]]
+    for _ in range(8):
+      partner = int(partners[rng.integers(len(partners))])
+      if sprites.concept[partner] != sprites.concept[primary]:
+        return partner
+    return None
+
+  def _canvas(self, background: int) -> np.ndarray:
+    colour = np.array(captions.COLOURS[captions.COLOUR_NAMES[background]], np.float32)
+    return np.broadcast_to(colour, (self._size, self._size, 3)).copy()
+
+  def _paint(
+    self,
+    canvas: np.ndarray,
+    rng: np.random.Generator,
+    sprite: int,
+    scale: float,
+    centre: tuple[float, float],
+  ) -> None:
+    """Draws a sprite of `scale` times the picture's side around `centre`, moved a little."""
+    change, shift_x, shift_y = rng.uniform(-self._jitter, self._jitter, 3)
+    # A scene's objects move half as far: they are half as large.
+    scale, reach = scale * (1 + change), scale / OBJECT_SCALE
+    cx, cy = centre[0] + shift_x * reach, centre[1] + shift_y * reach
+    size, source = self._size, self._premultiplied[sprite]
+    margin = _margin(self._sprites.rgba.shape[1])
+    inner = source.width - 2 * margin
+    # The whole pixels of the picture that the sprite touches, and the same box in the sprite.
+    x0, x1 = _pixel_range(cx, scale, size)
+    y0, y1 = _pixel_range(cy, scale, size)
+    step = inner / (scale * size)
+    left = margin + (x0 - (cx - scale / 2) * size) * step
+    top = margin + (y0 - (cy - scale / 2) * size) * step
+    box = (left, top, left + (x1 - x0) * step, top + (y1 - y0) * step)
+    patch = source.resize((x1 - x0, y1 - y0), Image.Resampling.HAMMING, box=_clamp(box, source))
+    patch = np.asarray(patch, np.float32)
+    region = canvas[y0:y1, x0:x1]
+    region *= 1 - patch[..., 3:] / 255
+    region += patch[..., :3]
+
+
+def decode(webp: bytes) -> np.ndarray:
+  """Returns uint8 [size, size, 4] of an encoded sprite."""
+  return np.asarray(Image.open(io.BytesIO(webp)).convert('RGBA'))
+
+
+def _margin(sprite_size: int) -> int:
+  return max(4, sprite_size // 4)
+
+
+def _padded(rgba: np.ndarray) -> np.ndarray:
+  """Returns the sprites within a transparent margin, into which a resize may reach."""
+  margin = _margin(rgba.shape[1])
+  return np.pad(rgba, ((0, 0), (margin, margin), (margin, margin), (0, 0)))
+
+
+def _pixel_range(centre: float, scale: float, size: int) -> tuple[int, int]:
+  low = int(np.floor((centre - scale / 2) * size))
+  high = int(np.ceil((centre + scale / 2) * size))
+  return max(low, 0), min(high, size)
+
+
+def _clamp(
+  box: tuple[float, float, float, float], image: Image.Image
+) -> tuple[float, float, float, float]:
+  left, top, right, bottom = box
+  return max(left, 0.0), max(top, 0.0), min(right, image.width), min(bottom, image.height)
+
+
+def _specific(keywords: list[list[str]], concept: np.ndarray) -> list[list[str]]:
+  """Leaves out the keywords of many concepts: as a caption, they would name no picture."""
+  concepts_of: dict[str, set[str]] = {}
+  for words, name in zip(keywords, concept, strict=True):
+    for word in words:
+      concepts_of.setdefault(word, set()).add(name)
+  return [[word for word in words if len(concepts_of[word]) <= MAX_SHARED] for words in keywords]
+
+
+def _check_known(kind: str, asked: Sequence[str], known: Sequence[str]) -> None:
+  for name in asked:
+    if name not in known:
+      raise UnclipError(f'unknown {kind} {name!r}: choose from {", ".join(map(str, known))}')
+
+
+def _text(value: bytes | str) -> str:
+  return value.decode() if isinstance(value, bytes) else str(value)

@@ -1,0 +1,1 @@
+"""What enters training: captions as tokens, stored data sets, degraded conditions."""
