@@ -276,6 +276,15 @@ def test_folder_is_written_over_itself(model):
   assert read_manifest(folder).tokenizer.read_text() == '{}'
 
 
+def test_a_stage_joins_those_that_are_there(model):
+  folder, params = model
+  more = {'w': jnp.ones(3)}
+  write_model(folder, {}, {'upsampler': more}, folder / 'tokenizer.json', keep=('prior', 'decoder'))
+  assert set(read_manifest(folder).stages) == {'prior', 'decoder', 'upsampler'}
+  assert_same(read_stage(folder, 'upsampler', expected_of(more)), more)
+  assert_same(read_stage(folder, 'prior', expected_of(params['prior'])), params['prior'])
+
+
 def test_folder_of_the_first_format_version_opens():
   # Written by hand from the description of the format: tests/golden/make_format_v1.py.
   manifest = read_manifest(GOLDEN)
