@@ -352,7 +352,7 @@ def test_path_out_of_the_folder_is_refused(model, name):
 
 def test_unknown_stage_is_named(model):
   folder, _ = model
-  with pytest.raises(UnclipError, match="no stage 'painter': it has prior, decoder"):
+  with pytest.raises(UnclipError, match="no stage 'painter': it has decoder, prior"):
     read_stage(folder, 'painter', {})
 
 

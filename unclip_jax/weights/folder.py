@@ -12,7 +12,7 @@ The folder is the same whether shipped, trained, converted or on a hub. `unclip.
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
@@ -50,6 +50,7 @@ def write_model(
   tokenizer_file: os.PathLike[str] | str,
   dtype: Any = None,
   written_by: str = 'unclip_jax',
+  keep: Sequence[str] = (),
 ) -> None:
   """Writes a model folder. Each file appears whole or not at all, `unclip.json` as the last.
 
@@ -60,6 +61,7 @@ def write_model(
     tokenizer_file: copied.
     dtype: what floating arrays are cast to; None keeps theirs.
     written_by: program and version.
+    keep: names of stages whose files are there already and stay part of the model.
 
   Raises:
     UnclipError: a parameter holds a NaN, or a file cannot be read or written.
@@ -69,7 +71,7 @@ def write_model(
     'format_version': FORMAT_VERSION,
     'written_by': written_by,
     'config': dict(config_json),
-    'stages': {name: f'{name}.safetensors' for name in params},
+    'stages': {name: f'{name}.safetensors' for name in sorted({*params, *keep})},
     'tokenizer': TOKENIZER_NAME,
   }
   text = json.dumps(manifest, indent=2, allow_nan=False) + '\n'
