@@ -1,0 +1,81 @@
+"""unCLIP (DALL-E 2) in JAX: from a caption through CLIP, prior, decoder and upsampler to a picture.
+
+    import unclip_jax
+    model = unclip_jax.load()
+    images = model.generate('a red apple, flat style', seed=7)  # uint8 [1, h, w, 3]
+
+The stages are modules of pure functions (`init`, `loss`, `sample`): `clip`, `diffusion_prior`,
+`decoder`, `upsampler`. Names are imported when they are first used, so that the command line can
+answer before JAX is loaded.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+  from unclip_jax.configs import UnclipConfig
+  from unclip_jax.presets import preset
+  from unclip_jax.stages import clip, decoder, diffusion_prior, upsampler
+  from unclip_jax.systems.pipeline import Progress, Samples, StartNoise, Trajectories
+  from unclip_jax.systems.settings import Sampling
+  from unclip_jax.systems.unclip import Unclip, generate, load
+  from unclip_jax.types import UnclipError
+
+__all__ = [
+  'Progress',
+  'Samples',
+  'Sampling',
+  'StartNoise',
+  'Trajectories',
+  'Unclip',
+  'UnclipConfig',
+  'UnclipError',
+  'clip',
+  'decoder',
+  'diffusion_prior',
+  'generate',
+  'load',
+  'preset',
+  'upsampler',
+]
+
+# A name that is a module itself is not looked up in one.
+_HOMES = {
+  'Progress': 'systems.pipeline',
+  'Samples': 'systems.pipeline',
+  'Sampling': 'systems.settings',
+  'StartNoise': 'systems.pipeline',
+  'Trajectories': 'systems.pipeline',
+  'Unclip': 'systems.unclip',
+  'UnclipConfig': 'configs',
+  'UnclipError': 'types',
+  'clip': 'stages.clip',
+  'decoder': 'stages.decoder',
+  'diffusion_prior': 'stages.diffusion_prior',
+  'generate': 'systems.unclip',
+  'load': 'systems.unclip',
+  'preset': 'presets',
+  'upsampler': 'stages.upsampler',
+}
+
+
+def __getattr__(name: str) -> Any:
+  if name == '__version__':
+    return _version()
+  if name not in _HOMES:
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+  home = _HOMES[name]
+  module = importlib.import_module(f'{__name__}.{home}')
+  return module if home.endswith(f'.{name}') else getattr(module, name)
+
+
+def _version() -> str:
+  metadata = importlib.import_module('importlib.metadata')
+  try:
+    return metadata.version('unclip-jax')
+  except metadata.PackageNotFoundError:  # Run from a tree that is not installed.
+    return 'unknown'
+
+
+def __dir__() -> list[str]:
+  return [*__all__, '__version__']

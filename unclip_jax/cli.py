@@ -1,0 +1,354 @@
+"""The command line: `unclip-jax generate` and `unclip-jax info`.
+
+What takes long to import (JAX, and all that needs it) is imported by the commands, so that --help
+and slips of the fingers are answered at once.
+"""
+
+import contextlib
+import json
+import math
+import os
+import platform
+import sys
+import warnings
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import unclip_jax
+
+app = typer.Typer(
+  name='unclip-jax',
+  no_args_is_help=True,
+  add_completion=False,
+  pretty_exceptions_enable=False,
+  context_settings={'help_option_names': ['-h', '--help']},
+)
+
+_OUTPUT, _MACHINE = 'Output', 'Model and machine'
+_PRIOR = "Prior (default: the model's own settings)"
+_DECODER, _UPSAMPLER = 'Decoder', 'Upsamplers'
+_SAMPLER_HELP = 'ddpm or ddim.'
+_ETA_HELP = 'Noise of ddim, from 0 (none) to 1 (as much as ddpm).'
+
+ModelOption = Annotated[
+  str,
+  typer.Option(
+    '--model',
+    '-m',
+    metavar='FOLDER',
+    help='The folder of a model or of a training run. (default: the one in the package)',
+    show_default=False,
+    rich_help_panel=_MACHINE,
+  ),
+]
+
+
+def _option(panel: str, text: str) -> Any:
+  return typer.Option(help=text, rich_help_panel=panel, show_default=False)
+
+
+def _show_version(wanted: bool) -> None:
+  if wanted:
+    print(f'unclip-jax {unclip_jax.__version__}')
+    raise typer.Exit
+
+
+@app.callback()
+def options(
+  version: Annotated[
+    bool,
+    typer.Option(
+      '--version', help='Show the version and exit.', callback=_show_version, is_eager=True
+    ),
+  ] = False,
+) -> None:
+  """Draw pictures from captions with unCLIP (DALL·E 2), in JAX."""
+
+
+@app.command(
+  epilog='Example: unclip-jax generate "a red apple, flat style" "a rocket" -n 4 -s 7',
+)
+def generate(
+  prompts: Annotated[
+    list[str], typer.Argument(metavar='PROMPT', help='What is to be seen; one or several.')
+  ],
+  num_images: Annotated[
+    int, typer.Option('--num-images', '-n', metavar='N', help='Pictures of each prompt.')
+  ] = 1,
+  seed: Annotated[
+    int, typer.Option('--seed', '-s', metavar='N', help='The same seed gives the same pictures.')
+  ] = 0,
+  first_image: Annotated[
+    int, typer.Option(metavar='N', help='Index of the first picture, to continue a series.')
+  ] = 0,
+  negative_prompt: Annotated[
+    str | None, typer.Option(metavar='TEXT', help='What is not to be seen.', show_default=False)
+  ] = None,
+  out: Annotated[
+    str,
+    typer.Option(
+      '--out',
+      '-o',
+      metavar='FOLDER',
+      help='Where the pictures go. Files of the same name are replaced.',
+      rich_help_panel=_OUTPUT,
+    ),
+  ] = 'out',
+  size: Annotated[
+    int | None,
+    _option(
+      _OUTPUT, "Pixels: one of the sizes that 'unclip-jax info' lists. (default: the largest)"
+    ),
+  ] = None,
+  model: ModelOption = 'default',
+  dtype: Annotated[
+    str, typer.Option(help='float32 or bfloat16.', rich_help_panel=_MACHINE)
+  ] = 'float32',
+  batch_size: Annotated[
+    int | None, _option(_MACHINE, 'Pictures drawn at a time. (default: 4 on a CPU, else 16)')
+  ] = None,
+  devices: Annotated[
+    int, typer.Option(help='Devices that share the work.', rich_help_panel=_MACHINE)
+  ] = 1,
+  cache: Annotated[
+    bool,
+    typer.Option(
+      '--cache/--no-cache',
+      help="Keep compiled programs in the user's cache folder.",
+      rich_help_panel=_MACHINE,
+    ),
+  ] = True,
+  prior_steps: Annotated[int | None, _option(_PRIOR, 'Denoising steps.')] = None,
+  prior_sampler: Annotated[str | None, _option(_PRIOR, _SAMPLER_HELP)] = None,
+  prior_guidance: Annotated[
+    float | None, _option(_PRIOR, 'How much the caption is stressed; 1 is as it is.')
+  ] = None,
+  prior_eta: Annotated[float | None, _option(_PRIOR, _ETA_HELP)] = None,
+  prior_candidates: Annotated[
+    int | None, _option(_PRIOR, 'Embeddings drawn for a picture; the nearest one is kept.')
+  ] = None,
+  decoder_steps: Annotated[int | None, _option(_DECODER, 'Denoising steps.')] = None,
+  decoder_sampler: Annotated[str | None, _option(_DECODER, _SAMPLER_HELP)] = None,
+  decoder_guidance: Annotated[
+    float | None, _option(_DECODER, 'How much the caption is stressed; 1 is as it is.')
+  ] = None,
+  decoder_eta: Annotated[float | None, _option(_DECODER, _ETA_HELP)] = None,
+  upsampler_steps: Annotated[int | None, _option(_UPSAMPLER, 'Denoising steps.')] = None,
+  upsampler_sampler: Annotated[str | None, _option(_UPSAMPLER, _SAMPLER_HELP)] = None,
+  upsampler_eta: Annotated[float | None, _option(_UPSAMPLER, _ETA_HELP)] = None,
+) -> None:
+  """Draw pictures of captions, one PNG each, and all of them in grid.png."""
+  from rich.console import Console
+
+  from unclip_jax.display import StageDisplay
+  from unclip_jax.images import make_grid, slugs
+  from unclip_jax.systems import settings
+  from unclip_jax.systems.pipeline import Samples
+
+  prior = settings.Sampling(prior_steps, prior_sampler, prior_guidance, prior_eta)
+  decoder = settings.Sampling(decoder_steps, decoder_sampler, decoder_guidance, decoder_eta)
+  upsampler = settings.Sampling(upsampler_steps, upsampler_sampler, eta=upsampler_eta)
+  _use_cache(cache)
+
+  with _output_folder(out) as folder, _plain_warnings(), _memory_errors():
+    loaded = unclip_jax.load(model, dtype, devices)
+    config = loaded.config
+    ups = config.upsamplers[: settings.num_upsamplers(config, size)]
+    described = {
+      'model': model,
+      'size': ups[-1].image_size if ups else config.decoder.image_size,
+      'dtype': dtype,
+      'negative_prompt': negative_prompt,
+      'candidates': config.prior.num_candidates if prior_candidates is None else prior_candidates,
+      'prior': settings.describe(config.prior.sampling, prior),
+      'decoder': settings.describe(config.decoder.sampling, decoder),
+      'upsamplers': [settings.describe(up.sampling, upsampler) for up in ups],
+    }
+    text = {
+      'seed': str(seed),
+      'settings': json.dumps(described, ensure_ascii=False),
+      'Software': f'unclip_jax {unclip_jax.__version__}, jax {metadata.version("jax")}',
+    }
+    names = iter([name for name in slugs(prompts) for _ in range(num_images)])
+
+    def save(samples: Samples) -> None:
+      rows = zip(samples.images, samples.prompts, samples.indices, strict=True)
+      for image, prompt, index in rows:
+        about = {'prompt': prompt, 'index': str(index), **text}
+        folder.save(f'{next(names)}-{index:02d}.png', image, about)
+
+    stages = ['clip', 'prior', 'decoder', *(f'upsampler_{i}' for i in range(len(ups)))]
+    with StageDisplay(Console(stderr=True, highlight=False), stages) as display:
+      samples = loaded.sample(
+        prompts,
+        seed,
+        num_images,
+        first_image=first_image,
+        negative_prompt=negative_prompt,
+        prior=prior,
+        decoder=decoder,
+        upsampler=upsampler,
+        num_candidates=prior_candidates,
+        size=size,
+        batch_size=batch_size,
+        progress=display,
+        on_batch=save,
+      )
+    num_columns = num_images if len(prompts) > 1 else math.isqrt(num_images - 1) + 1
+    grid = make_grid(samples.images, num_columns)
+    folder.save('grid.png', grid, {'prompt': '\n'.join(prompts), **text})
+
+
+@app.command()
+def info(model: ModelOption = 'default') -> None:
+  """Describe a model: its stages, parameters and sizes; the devices and versions at work."""
+  import jax
+  from rich.console import Console
+  from rich.table import Table
+
+  from unclip_jax.systems import loading, settings
+
+  loaded = unclip_jax.load(model)
+  folder = loading.find_folder(model)
+  manifest = loading.read_manifest(folder)
+  config = loaded.config
+  prior, decoder = config.prior, config.decoder
+  sampling = {
+    'prior': f'{settings.summary(prior.sampling)}, {prior.num_candidates} candidates',
+    'decoder': settings.summary(decoder.sampling),
+    **{f'upsampler_{i}': settings.summary(up.sampling) for i, up in enumerate(config.upsamplers)},
+  }
+  makes = {
+    'clip': f'{config.clip.embed_dim} numbers',
+    'prior': f'{prior.embed_dim} numbers',
+    'decoder': f'{decoder.image_size} px',
+    **{f'upsampler_{i}': f'{up.image_size} px' for i, up in enumerate(config.upsamplers)},
+  }
+  table = Table(box=None, header_style='bold', pad_edge=False)
+  table.add_column('stage')
+  table.add_column('makes')
+  table.add_column('parameters', justify='right')
+  table.add_column('file', justify='right')
+  table.add_column('sampled by')
+  total_parameters = total_bytes = 0
+  for name, params in loaded.params.items():
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    size = manifest.stages[name].stat().length
+    total_parameters, total_bytes = total_parameters + count, total_bytes + size
+    row = (f'{count:,}', f'{size / 2**20:.1f} MiB', sampling.get(name, ''))
+    table.add_row(name.replace('_', ' '), makes[name], *row)
+  table.add_row('all', '', f'{total_parameters:,}', f'{total_bytes / 2**20:.1f} MiB', '')
+  console = Console(highlight=False)
+  print(f'{model}: {folder}, written by {manifest.written_by}\n')
+  console.print(table)
+  sizes = ', '.join(map(str, settings.sizes(config)))
+  text = config.clip.text
+  cache = jax.config.jax_compilation_cache_dir or _cache_folder()
+  print(
+    f'\nsizes     {sizes} px\n'
+    f'captions  up to {text.context_length} tokens of {loaded.tokenizer.vocab_size:,}\n'
+    f'devices   {_devices(jax.devices())}\n'
+    f'versions  unclip_jax {unclip_jax.__version__}, jax {metadata.version("jax")}, '
+    f'Python {platform.python_version()}\n'
+    f'cache     {cache}'
+  )
+
+
+def main(args: list[str] | None = None) -> None:
+  """Runs the command line; a mistake of the user's is one line on stderr and exit status 1."""
+  try:
+    app(args, prog_name='unclip-jax')
+  except ValueError as error:
+    from unclip_jax.types import UnclipError
+
+    if not isinstance(error, UnclipError):
+      raise
+    print(f'unclip-jax: error: {error}', file=sys.stderr)
+    sys.exit(1)
+
+
+@contextlib.contextmanager
+def _output_folder(out: str) -> Iterator[Any]:
+  """An `OutputFolder` whose files are named in the end, also where the rest went wrong."""
+  from unclip_jax.images import OutputFolder
+
+  with OutputFolder(out) as folder:
+    try:
+      yield folder
+    finally:
+      for path in folder.paths:
+        print(path)
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+  """Shows the package's warnings to people: a line each, without a place in the code."""
+
+  def show(message: Warning | str, *_: object) -> None:
+    print(f'unclip-jax: warning: {message}', file=sys.stderr)
+
+  with warnings.catch_warnings():
+    warnings.simplefilter('always', UserWarning)
+    warnings.showwarning = show
+    yield
+
+
+@contextlib.contextmanager
+def _memory_errors() -> Iterator[None]:
+  import jax
+
+  from unclip_jax.types import UnclipError
+
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    if 'RESOURCE_EXHAUSTED' not in str(error):
+      raise
+    raise UnclipError(
+      'the memory of the device does not suffice: take a smaller --batch-size, --size or a shorter '
+      '--dtype'
+    ) from error
+
+
+def _use_cache(wanted: bool) -> None:
+  """Lets JAX keep compiled programs, where JAX_COMPILATION_CACHE_DIR says if it says so."""
+  import jax
+
+  if not wanted:
+    jax.config.update('jax_enable_compilation_cache', False)
+    return
+  if jax.config.jax_compilation_cache_dir is None:
+    folder = _cache_folder()
+    try:
+      folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+      print(
+        f'unclip-jax: warning: no compiled programs are kept, as {folder} cannot be made '
+        f'({error.strerror})',
+        file=sys.stderr,
+      )
+      return
+    jax.config.update('jax_compilation_cache_dir', str(folder))
+  # Small programs add up: without these only what took a second to compile would be kept.
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
+  jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+
+
+def _cache_folder() -> Path:
+  if root := os.environ.get('XDG_CACHE_HOME'):
+    return Path(root) / 'unclip_jax'
+  match sys.platform:
+    case 'darwin':
+      return Path.home() / 'Library' / 'Caches' / 'unclip_jax'
+    case 'win32':
+      return Path(os.environ.get('LOCALAPPDATA', Path.home())) / 'unclip_jax' / 'Cache'
+  return Path.home() / '.cache' / 'unclip_jax'
+
+
+def _devices(devices: list[Any]) -> str:
+  kinds = [device.device_kind for device in devices]
+  return ', '.join(f'{kinds.count(kind)} × {kind}' for kind in dict.fromkeys(kinds))

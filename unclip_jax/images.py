@@ -1,0 +1,151 @@
+"""Pictures in files: PNGs that carry their own description, grids, names made of prompts."""
+
+import os
+import re
+import tempfile
+import unicodedata
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from etils import epath
+from PIL import Image, PngImagePlugin
+
+from unclip_jax.types import UnclipError
+from unclip_jax.weights.safetensors import write_atomically
+
+GRID_GAP = 4  # pixels
+_MAX_SLUG_BYTES = 80
+
+
+def save_png(
+  path: os.PathLike[str] | str, image: np.ndarray, text: Mapping[str, str] | None = None
+) -> None:
+  """Writes a picture, whole or not at all. The same picture and text give the same bytes.
+
+  Args:
+    path: the file, replaced if it is there; `gs://` and the like work.
+    image: uint8 [h, w, 3].
+    text: goes into text chunks of the file, name by name.
+
+  Raises:
+    UnclipError: the file cannot be written, a full disk for instance.
+    ValueError: the image is of another shape or type.
+  """
+  if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+    raise ValueError(f'a picture is uint8 [h, w, 3], not {image.dtype}{list(image.shape)}')
+  chunks = PngImagePlugin.PngInfo()
+  for name, value in (text or {}).items():
+    # iTXt holds any Unicode, tEXt only Latin-1, in which some readers expect it.
+    add = chunks.add_text if value.isascii() else chunks.add_itxt
+    add(name, value)
+
+  def write(part: Path) -> None:
+    Image.fromarray(image).save(part, format='PNG', pnginfo=chunks)
+
+  write_atomically(epath.Path(path), write)
+
+
+def read_text(path: os.PathLike[str] | str) -> dict[str, str]:
+  """The text that `save_png` put into a file."""
+  with Image.open(path) as picture:
+    picture.load()
+    return {name: str(value) for name, value in picture.text.items()}
+
+
+def make_grid(images: np.ndarray, num_columns: int) -> np.ndarray:
+  """Pictures side by side on white, row by row.
+
+  Args:
+    images: uint8 [n, h, w, 3].
+    num_columns: pictures in a row; the last row may have fewer.
+
+  Returns:
+    uint8 [height, width, 3].
+  """
+  n, h, w, c = images.shape
+  num_rows = -(-n // num_columns)
+  step_y, step_x = h + GRID_GAP, w + GRID_GAP
+  grid = np.full((num_rows * step_y + GRID_GAP, num_columns * step_x + GRID_GAP, c), 255, np.uint8)
+  for i, image in enumerate(images):
+    y, x = GRID_GAP + i // num_columns * step_y, GRID_GAP + i % num_columns * step_x
+    grid[y : y + h, x : x + w] = image
+  return grid
+
+
+def slugs(prompts: Sequence[str]) -> list[str]:
+  """A file name for each prompt, without suffix; prompts that would share one are numbered."""
+  names: list[str] = []
+  for prompt in prompts:
+    words = unicodedata.normalize('NFC', prompt).lower()
+    name = re.sub(r'[^\w]+', '-', words).strip('-_')
+    name = (
+      name.encode(errors='ignore')[:_MAX_SLUG_BYTES].decode(errors='ignore').strip('-_') or 'image'
+    )
+    number, unique = 2, name
+    while unique in names:
+      number, unique = number + 1, f'{name}-{number}'
+    names.append(unique)
+  return names
+
+
+class OutputFolder:
+  """A folder that pictures go to, known to be writable before anything is drawn.
+
+  A context manager: folders that it made are removed again if nothing came to be in them.
+
+  Args:
+    folder: made if missing; `gs://` and the like work.
+
+  Attributes:
+    paths: the files that are complete, in their order.
+
+  Raises:
+    UnclipError: on entering, it cannot be written.
+  """
+
+  def __init__(self, folder: os.PathLike[str] | str) -> None:
+    self._folder = epath.Path(folder).expanduser()
+    self._made: list[Path] = []
+    self.paths: list[epath.Path] = []
+
+  def __enter__(self) -> Self:
+    if '://' in str(self._folder):
+      return self
+    folder = Path(self._folder)
+    try:
+      missing = [path for path in (folder, *folder.parents) if not path.exists()]
+      for path in reversed(missing):
+        path.mkdir(exist_ok=True)
+        self._made.append(path)
+      with tempfile.TemporaryFile(dir=folder):
+        pass
+    except OSError as error:
+      self._remove_empty()
+      raise UnclipError(
+        f'cannot write to the folder {folder} ({error.strerror or error}): choose another one'
+      ) from error
+    return self
+
+  def __exit__(
+    self,
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    traceback: TracebackType | None,
+  ) -> None:
+    if not self.paths:
+      self._remove_empty()
+
+  def save(self, name: str, image: np.ndarray, text: Mapping[str, str]) -> None:
+    """Writes a picture into the folder; as `save_png`."""
+    path = self._folder / name
+    save_png(path, image, text)
+    self.paths.append(path)
+
+  def _remove_empty(self) -> None:
+    for path in reversed(self._made):
+      if any(path.iterdir()):
+        break
+      path.rmdir()

@@ -1,0 +1,159 @@
+"""A model folder as configs, parameters and tokenizer, checked against each other."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from unclip_jax.configs import UnclipConfig, from_json
+from unclip_jax.data.tokenizer import Tokenizer
+from unclip_jax.sharding import Mesh, make_mesh, replicated
+from unclip_jax.stages import clip, decoder, diffusion_prior, upsampler
+from unclip_jax.types import Params, UnclipError
+from unclip_jax.weights.folder import MANIFEST_NAME, read_manifest
+from unclip_jax.weights.safetensors import load_params
+
+DEFAULT = 'default'
+DEFAULT_FOLDER = Path(__file__).parents[1] / 'assets' / 'default'
+
+
+def find_folder(model: str | os.PathLike[str]) -> epath.Path:
+  """The folder of a model: of the package's own for 'default', else as given.
+
+  A training run keeps its model in the folder itself, or in `export/` of it.
+
+  Raises:
+    UnclipError: the package came without a model, or the name is empty.
+  """
+  if not isinstance(model, str | os.PathLike) or not os.fspath(model):
+    raise UnclipError(f"model {model!r}: give 'default' or a folder")
+  if model != DEFAULT:
+    folder = epath.Path(model).expanduser()
+    export = folder / 'export'
+    is_run = not (folder / MANIFEST_NAME).exists() and (export / MANIFEST_NAME).exists()
+    return export if is_run else folder
+  if not (DEFAULT_FOLDER / MANIFEST_NAME).exists():
+    raise UnclipError(
+      'this installation came without a default model: install unclip-jax again, or give the '
+      'folder of a model'
+    )
+  return epath.Path(DEFAULT_FOLDER)
+
+
+def expected_params(config: UnclipConfig, dtype: Any = jnp.float32) -> dict[str, Params]:
+  """Names, shapes and types of all parameters, a tree of `jax.ShapeDtypeStruct`s for each stage.
+
+  Floating parameters are of `dtype`; the statistics of the prior are float32 always, as they
+  standardise float32 embeddings.
+  """
+  key = jax.random.key(0)
+
+  def shapes(init: Any, stage_config: Any) -> Params:
+    tree = jax.eval_shape(lambda k: init(stage_config, k), key)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), tree)
+
+  row = jax.ShapeDtypeStruct((config.prior.embed_dim,), jnp.float32)
+  prior = shapes(diffusion_prior.init, config.prior)
+  return {
+    'clip': shapes(clip.init, config.clip),
+    'prior': {'network': prior, 'statistics': {'mean': row, 'std': row}},
+    'decoder': shapes(decoder.init, config.decoder),
+    **{
+      f'upsampler_{i}': shapes(upsampler.init, stage) for i, stage in enumerate(config.upsamplers)
+    },
+  }
+
+
+def check_config(config: UnclipConfig) -> None:
+  """Checks that the stages fit together.
+
+  Raises:
+    UnclipError: they do not; names both ends.
+  """
+  text, size = config.clip.text, config.decoder.image_size
+  meet = [
+    ('clip.embed_dim', config.clip.embed_dim, 'prior.embed_dim', config.prior.embed_dim),
+    ('clip.embed_dim', config.clip.embed_dim, 'decoder.embed_dim', config.decoder.embed_dim),
+    ('clip.text.width', text.width, 'prior.text_width', config.prior.text_width),
+    (
+      'clip.text.context_length', text.context_length,
+      'prior.context_length', config.prior.context_length,
+    ),
+  ]  # fmt: skip
+  if config.decoder.text is not None:
+    meet += [
+      (
+        'clip.text.context_length', text.context_length,
+        'decoder.text.context_length', config.decoder.text.context_length,
+      ),
+      (
+        'clip.text.vocab_size', text.vocab_size,
+        'decoder.text.vocab_size', config.decoder.text.vocab_size,
+      ),
+    ]  # fmt: skip
+  for i, stage in enumerate(config.upsamplers):
+    meet.append(('the size before it', size, f'upsamplers.{i}.low_size', stage.low_size))
+    size = stage.image_size
+  for name, value, other_name, other in meet:
+    if value != other:
+      raise UnclipError(f'{name} is {value}, but {other_name} is {other}: they must be equal')
+
+
+def read_config(folder: epath.Path) -> UnclipConfig:
+  """The config of a model folder.
+
+  Raises:
+    UnclipError: the folder is no model, or its config is not valid.
+  """
+  path = folder / MANIFEST_NAME
+  config = from_json(UnclipConfig, read_manifest(folder).config, f'{path}: config')
+  try:
+    check_config(config)
+  except UnclipError as error:
+    raise UnclipError(f'{path}: {error}') from error
+  return config
+
+
+def load_parts(
+  model: str | os.PathLike[str], dtype: np.dtype, num_devices: int
+) -> tuple[UnclipConfig, dict[str, Params], Tokenizer, Mesh | None]:
+  """Config, parameters, tokenizer and devices of a model; `unclip.load` says what is raised."""
+  folder = find_folder(model)
+  config = read_config(folder)
+  manifest = read_manifest(folder)
+  tokenizer = Tokenizer.load(manifest.tokenizer)
+  text = config.clip.text
+  if tokenizer.vocab_size > text.vocab_size or tokenizer.context_length != text.context_length:
+    raise UnclipError(
+      f'{manifest.tokenizer} has {tokenizer.vocab_size} entries and reads '
+      f'{tokenizer.context_length} tokens, the model {text.vocab_size} and {text.context_length}: '
+      'take the tokenizer of that model'
+    )
+  mesh = None if num_devices == 1 else make_mesh(num_devices)
+  try:
+    expected = expected_params(config, dtype)
+  except (ValueError, TypeError, ZeroDivisionError) as error:
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    raise UnclipError(
+      f'{folder / MANIFEST_NAME}: no network can be built from this config ({first})'
+    ) from error
+  if unknown := sorted(manifest.stages.keys() - expected.keys()):
+    raise UnclipError(
+      f'{folder / MANIFEST_NAME} names a stage {unknown[0]!r}, which its config does not have: it '
+      f'has {", ".join(expected)}'
+    )
+  if mesh is not None:
+    place = replicated(mesh)
+    expected = jax.tree.map(
+      lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), expected
+    )
+  params = {
+    name: load_params(manifest.stages[name], expected[name])
+    for name in expected
+    if name in manifest.stages
+  }
+  return config, params, tokenizer, mesh

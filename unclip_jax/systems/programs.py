@@ -1,0 +1,208 @@
+"""The programs that `unclip` runs, one jitted function a stage.
+
+Parameters are arguments, so that one compiled program serves all weights of a config. What makes a
+program (config, sampler, shapes, whether there is guidance) is static; the rest is traced, so that
+another prompt, seed, guidance scale or eta compiles nothing.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from unclip_jax.configs import ClipConfig, DecoderConfig, PriorConfig, UpsamplerConfig
+from unclip_jax.diffusion.samplers import Trajectory, start_noise
+from unclip_jax.nn.clip import TextFeatures
+from unclip_jax.stages import clip, common, decoder, diffusion_prior, upsampler
+from unclip_jax.types import Array, Params, Step
+
+# What a stage folds into an image's key; upsampler i folds _UPSAMPLER + i.
+_PRIOR, _DECODER, _UPSAMPLER = 0, 1, 2
+
+
+class Sampled(NamedTuple):
+  """What a diffusion stage drew.
+
+  Attributes:
+    x_0: float32 [b, ...], the sample: z_i [b, d], or images [b, h, w, 3] around [-1, 1].
+    x_start: float32 [b, ...], the noise that it began from; of the prior [b, candidates, d].
+    trajectory: x_s and x_0 after each step, [n, b, ...], if wanted; of the prior
+      [n, b, candidates, d], standardised.
+  """
+
+  x_0: Array
+  x_start: Array
+  trajectory: Trajectory | None
+
+
+@jax.jit
+def image_keys(seed: Array, index_b: Array) -> Array:
+  """Typed keys [b] of the images `index_b` (uint32 [b]) of a seed (uint32 scalar).
+
+  The generator is named, so that a seed keeps its images whatever JAX's default is.
+  """
+  key = jax.random.key(seed, impl='threefry2x32')
+  return jax.vmap(lambda index: jax.random.fold_in(key, index))(index_b)
+
+
+@functools.partial(jax.jit, static_argnames=('config', 'dtype'))
+def encode_text(
+  params: Params, ids_bt: Array, mask_bt: Array, *, config: ClipConfig, dtype: Any
+) -> TextFeatures:
+  """CLIP's features of tokenised captions."""
+  return clip.encode_text(config, params, ids_bt, mask_bt, dtype)
+
+
+@functools.partial(jax.jit, static_argnames=('config', 'dtype'))
+def encode_image(params: Params, image_bhwc: Array, *, config: ClipConfig, dtype: Any) -> Array:
+  """z_i float32 [b, d] of images [b, h, w, 3], uint8 or float in [-1, 1], resized if need be."""
+  if image_bhwc.dtype == jnp.uint8:
+    image_bhwc = image_bhwc.astype(jnp.float32) / 127.5 - 1
+  shape = (image_bhwc.shape[0], config.vision.image_size, config.vision.image_size, 3)
+  if image_bhwc.shape != shape:
+    image_bhwc = jax.image.resize(image_bhwc, shape, 'cubic', antialias=True)
+  return clip.encode_image(config, params, jnp.clip(image_bhwc, -1, 1), dtype)
+
+
+@functools.partial(
+  jax.jit,
+  static_argnames=(
+    'config', 'sampler', 'variance', 'num_candidates', 'with_trajectory', 'dtype',
+  ),
+)  # fmt: skip
+def sample_prior(
+  params: Params,
+  text: TextFeatures,
+  null_text: TextFeatures,
+  key_b: Array,
+  plan: Step,
+  guidance_scale: Array | None,
+  eta: Array,
+  x_start: Array | None,
+  *,
+  config: PriorConfig,
+  sampler: str,
+  variance: str,
+  num_candidates: int,
+  with_trajectory: bool,
+  dtype: Any,
+) -> Sampled:
+  """Draws `num_candidates` embeddings a caption and keeps the one nearest to z_t (section 2.2)."""
+  b, n, d = text.z_t.shape[0], num_candidates, config.embed_dim
+
+  def candidate_keys(key: Array) -> Array:
+    key = jax.random.fold_in(key, _PRIOR)
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(n))
+
+  key_bn = jax.vmap(candidate_keys)(key_b).reshape(b * n)
+  if x_start is None:
+    x_start = start_noise(key_bn, (d,)).reshape(b, n, d)
+  each = functools.partial(jnp.repeat, repeats=n, axis=0)
+  z_i, trajectory = diffusion_prior.sample(
+    config,
+    params['network'],
+    diffusion_prior.Statistics(**params['statistics']),
+    jax.tree.map(each, text),
+    jax.tree.map(each, null_text),
+    key_bn,
+    plan,
+    common.make_sampler(sampler, variance, eta),
+    guidance_scale,
+    x_start.reshape(b * n, d),
+    with_trajectory,
+    dtype,
+  )
+  z_i = diffusion_prior.rerank(z_i.reshape(b, n, d), text.z_t)
+  trajectory = jax.tree.map(lambda x: x.reshape(x.shape[0], b, n, d), trajectory)
+  return Sampled(z_i, x_start, trajectory)
+
+
+@functools.partial(
+  jax.jit, static_argnames=('config', 'sampler', 'variance', 'with_trajectory', 'dtype')
+)
+def sample_decoder(
+  params: Params,
+  text: TextFeatures,
+  null_text: TextFeatures,
+  z_i: Array,
+  key_b: Array,
+  plan: Step,
+  guidance_scale: Array | None,
+  eta: Array,
+  x_start: Array | None,
+  *,
+  config: DecoderConfig,
+  sampler: str,
+  variance: str,
+  with_trajectory: bool,
+  dtype: Any,
+) -> Sampled:
+  """Draws an image from each z_i and its caption."""
+  key_b = _stage_keys(key_b, _DECODER)
+  if x_start is None:
+    size = config.image_size
+    x_start = start_noise(key_b, (size, size, config.unet.in_channels))
+  image, trajectory = decoder.sample(
+    config,
+    params,
+    text,
+    null_text,
+    z_i,
+    key_b,
+    plan,
+    common.make_sampler(sampler, variance, eta),
+    guidance_scale,
+    x_start,
+    with_trajectory,
+    dtype,
+  )
+  return Sampled(image, x_start, trajectory)
+
+
+@functools.partial(
+  jax.jit,
+  static_argnames=('config', 'number', 'sampler', 'variance', 'with_trajectory', 'dtype'),
+)
+def sample_upsampler(
+  params: Params,
+  low_bhwc: Array,
+  key_b: Array,
+  plan: Step,
+  eta: Array,
+  x_start: Array | None,
+  *,
+  config: UpsamplerConfig,
+  number: int,
+  sampler: str,
+  variance: str,
+  with_trajectory: bool,
+  dtype: Any,
+) -> Sampled:
+  """Draws the large images of small ones; `number` is the upsampler's place, from 0."""
+  key_b = _stage_keys(key_b, _UPSAMPLER + number)
+  if x_start is None:
+    size = config.image_size
+    x_start = start_noise(key_b, (size, size, config.unet.in_channels))
+  image, trajectory = upsampler.sample(
+    config,
+    params,
+    low_bhwc,
+    key_b,
+    plan,
+    common.make_sampler(sampler, variance, eta),
+    x_start,
+    with_trajectory,
+    dtype,
+  )
+  return Sampled(image, x_start, trajectory)
+
+
+@jax.jit
+def to_uint8(image: Array) -> Array:
+  """Images in [-1, 1], clipped, as uint8."""
+  return jnp.round((jnp.clip(image, -1, 1) + 1) * 127.5).astype(jnp.uint8)
+
+
+def _stage_keys(key_b: Array, stage: int) -> Array:
+  return jax.vmap(lambda key: jax.random.fold_in(key, stage))(key_b)

@@ -1,0 +1,226 @@
+"""What a caller may ask for: prompts, sampling settings, sizes and dtypes, checked in one place."""
+
+import dataclasses
+import math
+import operator
+import unicodedata
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from unclip_jax.configs import DiffusionConfig, SamplingConfig, UnclipConfig
+from unclip_jax.stages import common
+from unclip_jax.types import Step, UnclipError
+
+SAMPLERS = ('ddpm', 'ddim')
+DTYPES = ('float32', 'bfloat16')
+_MAX_SEED = 2**32 - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+  """How one call samples a stage; None keeps what the model's `SamplingConfig` says.
+
+  Attributes:
+    num_steps: denoising steps, at most those of the schedule.
+    sampler: 'ddpm' (ancestral) or 'ddim'.
+    guidance_scale: 0 or more; 1 is conditional only and costs half. Not for upsamplers.
+    eta: of ddim, from 0 (deterministic) to 1 (the noise of ddpm).
+    variance: of ddpm, 'fixed_small', 'fixed_large' or 'learned'.
+    spacing: of the timesteps, 'strided', 'karlo' or 'fast27'.
+  """
+
+  num_steps: int | None = None
+  sampler: str | None = None
+  guidance_scale: float | None = None
+  eta: float | None = None
+  variance: str | None = None
+  spacing: str | None = None
+
+
+class StageSettings(NamedTuple):
+  """A stage's settings, ready for its program.
+
+  Attributes:
+    plan: the transitions, Step of numpy arrays [num_steps].
+    guidance_scale: float32 scalar, or None where there is no guidance.
+    eta: float32 scalar.
+    sampler: 'ddpm' or 'ddim'.
+    variance: of ddpm.
+  """
+
+  plan: Step
+  guidance_scale: np.float32 | None
+  eta: np.float32
+  sampler: str
+  variance: str
+
+
+def merge(default: SamplingConfig, asked: Sampling) -> SamplingConfig:
+  """A model's own settings, changed where the caller asks for something else."""
+  changes = {name: value for name, value in dataclasses.asdict(asked).items() if value is not None}
+  return dataclasses.replace(default, **changes)
+
+
+def describe(default: SamplingConfig, asked: Sampling) -> dict[str, Any]:
+  """The settings that have an effect, ready for json.dumps."""
+  used = dataclasses.asdict(merge(default, asked))
+  del used['variance' if used['sampler'] == 'ddim' else 'eta']
+  return used
+
+
+def summary(sampling: SamplingConfig) -> str:
+  """The settings in a few words."""
+  guidance = f', guidance {sampling.guidance_scale:g}' if sampling.guidance_scale != 1 else ''
+  return f'{sampling.sampler}, {sampling.num_steps} steps{guidance}'
+
+
+def resolve(
+  name: str, diffusion: DiffusionConfig, default: SamplingConfig, asked: Sampling
+) -> StageSettings:
+  """The settings of one stage: those asked for, the model's own for the rest.
+
+  Args:
+    name: of the stage, for messages.
+    diffusion: the stage's.
+    default: the stage's own settings.
+    asked: what the caller wants otherwise.
+
+  Raises:
+    UnclipError: a setting does not exist, is out of range, or would be without effect.
+  """
+  sampling = merge(default, asked)
+  if sampling.sampler not in SAMPLERS:
+    raise UnclipError(f'{name}: there is no sampler {sampling.sampler!r}: take ddpm or ddim')
+  if sampling.sampler == 'ddpm' and asked.eta is not None:
+    raise UnclipError(f'{name}: eta is without effect on ddpm: take the sampler ddim with it')
+  if sampling.sampler == 'ddim' and asked.variance is not None:
+    raise UnclipError(f'{name}: the variance is without effect on ddim: take eta, or ddpm')
+  learned = sampling.sampler == 'ddpm' and sampling.variance == 'learned'
+  if learned and not diffusion.learned_variance:
+    raise UnclipError(
+      f'{name}: its network has no learned variance: take fixed_small or fixed_large'
+    )
+  scale = _number(f'{name}: guidance scale', sampling.guidance_scale)
+  eta = _number(f'{name}: eta', sampling.eta)
+  if scale < 0:
+    raise UnclipError(f'{name}: guidance scale {scale:g} is negative: take 0 or more')
+  if not 0 <= eta <= 1:
+    raise UnclipError(f'{name}: eta {eta:g} is not within 0..1')
+  try:
+    plan = common.make_plan(diffusion, sampling)
+    common.make_sampler(sampling.sampler, sampling.variance)
+  except UnclipError as error:
+    raise UnclipError(f'{name}: {error}') from error
+  guidance_scale = None if scale == 1 else np.float32(scale)
+  return StageSettings(plan, guidance_scale, np.float32(eta), sampling.sampler, sampling.variance)
+
+
+def check_prompts(prompts: str | Sequence[str], allow_empty: bool = False) -> list[str]:
+  """The prompts as a list.
+
+  Args:
+    prompts: one or several captions.
+    allow_empty: whether a caption may be empty, as where z_i says what is to be seen.
+
+  Raises:
+    UnclipError: no prompt, one that is no string, an empty one, or one with control characters.
+  """
+  if isinstance(prompts, str):
+    prompts = [prompts]
+  if not isinstance(prompts, Sequence) or isinstance(prompts, bytes):
+    raise UnclipError(f'a prompt must be text or a list of texts, not {type(prompts).__name__}')
+  if not prompts:
+    raise UnclipError('there is no prompt: give one or more')
+  for i, prompt in enumerate(prompts, 1):
+    check_text(prompt, f'prompt {i}' if len(prompts) > 1 else 'the prompt', allow_empty)
+  return list(prompts)
+
+
+def check_text(text: object, what: str, allow_empty: bool = False) -> str:
+  """`text`, if a caption can be made of it; as `check_prompts`."""
+  if not isinstance(text, str):
+    raise UnclipError(f'{what} must be text, not {type(text).__name__}: {text!r}')
+  if not text.strip() and not allow_empty:
+    raise UnclipError(f'{what} is empty: say what is to be seen')
+  for position, character in enumerate(text, 1):
+    category = unicodedata.category(character)
+    if category == 'Cs':
+      raise UnclipError(f'{what} is not valid Unicode at character {position}: give it as UTF-8')
+    if category == 'Cc':
+      raise UnclipError(
+        f'{what} has the control character U+{ord(character):04X} at character {position}: '
+        'remove it'
+      )
+  return text
+
+
+def check_count(what: str, value: object, least: int = 1, most: int | None = None) -> int:
+  """`value` as an int.
+
+  Raises:
+    UnclipError: it is no whole number, or out of range.
+  """
+  try:
+    count = operator.index(value)  # type: ignore[arg-type]
+  except TypeError:
+    raise UnclipError(f'{what} must be a whole number, not {value!r}') from None
+  if isinstance(value, bool):
+    raise UnclipError(f'{what} must be a whole number, not {value!r}')
+  if count < least:
+    raise UnclipError(f'{what} is {count}: take {least} or more')
+  if most is not None and count > most:
+    raise UnclipError(f'{what} is {count}: take at most {most}')
+  return count
+
+
+def check_seed(seed: object) -> int:
+  """`seed` within 0..2^32 - 1; as `check_count`."""
+  return check_count('the seed', seed, 0, _MAX_SEED)
+
+
+def check_dtype(dtype: Any) -> np.dtype:
+  """The dtype that networks compute in.
+
+  Raises:
+    UnclipError: it is neither float32 nor bfloat16.
+  """
+  try:
+    found = jnp.dtype(dtype)
+  except TypeError:
+    found = None
+  if found is None or found.name not in DTYPES:
+    name = dtype if found is None else found.name
+    raise UnclipError(f'there is no dtype {name!r} here: take {" or ".join(DTYPES)}')
+  return found
+
+
+def sizes(config: UnclipConfig) -> tuple[int, ...]:
+  """The sizes that a model can stop at, in pixels, the decoder's first."""
+  return (config.decoder.image_size, *(up.image_size for up in config.upsamplers))
+
+
+def num_upsamplers(config: UnclipConfig, size: int | None) -> int:
+  """How many upsamplers make images of `size` pixels; None takes all.
+
+  Raises:
+    UnclipError: no stage ends at that size.
+  """
+  known = sizes(config)
+  if size is None:
+    return len(known) - 1
+  if size not in known:
+    raise UnclipError(f'there is no size {size}: this model makes {" or ".join(map(str, known))}')
+  return known.index(size)
+
+
+def _number(what: str, value: object) -> float:
+  try:
+    number = float(value)  # type: ignore[arg-type]
+  except (TypeError, ValueError):
+    raise UnclipError(f'{what} must be a number, not {value!r}') from None
+  if not math.isfinite(number):
+    raise UnclipError(f'{what} is {number}: take a finite number')
+  return number

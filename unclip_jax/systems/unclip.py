@@ -1,0 +1,343 @@
+"""unCLIP: caption -> CLIP text -> diffusion prior -> z_i -> decoder -> upsamplers -> picture.
+
+`P(x|y) = P(x|z_i, y) P(z_i|y)` (section 2 of arXiv 2204.06125). The stages run one after the other,
+each as one program; arrays stay on the device.
+
+An image depends on its prompt, the seed and its index alone: image 2 of a seed is the same whether
+it is drawn on its own, with others, or on several devices. Prompts share the noise of an index, so
+that they can be compared.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+from warnings import warn
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unclip_jax.configs import UnclipConfig
+from unclip_jax.data.tokenizer import Tokenizer
+from unclip_jax.sharding import DATA_AXIS, Mesh
+from unclip_jax.systems import pipeline, programs, settings
+from unclip_jax.systems.loading import load_parts
+from unclip_jax.systems.pipeline import Progress, Request, Samples, StartNoise
+from unclip_jax.systems.settings import Sampling
+from unclip_jax.types import Array, Params, UnclipError
+
+_AS_THE_MODEL = Sampling()
+_SHOWN = 60
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Unclip:
+  """A model that is ready to sample; made by `load`.
+
+  Attributes:
+    config: of its stages.
+    params: 'clip', 'prior' ({'network', 'statistics'}), 'decoder', 'upsampler_0', ... A stage may
+      be absent until a call needs it.
+    tokenizer: of its captions.
+    dtype: what the networks compute in.
+    mesh: the devices that a batch is spread over, None for the default one.
+  """
+
+  config: UnclipConfig
+  params: Mapping[str, Params]
+  tokenizer: Tokenizer
+  dtype: Any = jnp.float32
+  mesh: Mesh | None = None
+
+  def generate(
+    self,
+    prompts: str | Sequence[str],
+    seed: int = 0,
+    num_images: int = 1,
+    *,
+    negative_prompt: str | None = None,
+    prior: Sampling = _AS_THE_MODEL,
+    decoder: Sampling = _AS_THE_MODEL,
+    upsampler: Sampling = _AS_THE_MODEL,
+    num_candidates: int | None = None,
+    size: int | None = None,
+    progress: Callable[[Progress], None] | None = None,
+  ) -> np.ndarray:
+    """Pictures of captions: uint8 [len(prompts) * num_images, h, w, 3], a prompt's together.
+
+    The arguments are those of `sample`, which takes and gives more: embeddings, noise,
+    trajectories.
+
+    Raises:
+      UnclipError: as `sample`.
+    """
+    samples = self.sample(
+      prompts,
+      seed,
+      num_images,
+      negative_prompt=negative_prompt,
+      prior=prior,
+      decoder=decoder,
+      upsampler=upsampler,
+      num_candidates=num_candidates,
+      size=size,
+      progress=progress,
+    )
+    return samples.images
+
+  def sample(
+    self,
+    prompts: str | Sequence[str],
+    seed: int = 0,
+    num_images: int = 1,
+    *,
+    first_image: int = 0,
+    negative_prompt: str | None = None,
+    prior: Sampling = _AS_THE_MODEL,
+    decoder: Sampling = _AS_THE_MODEL,
+    upsampler: Sampling = _AS_THE_MODEL,
+    num_candidates: int | None = None,
+    size: int | None = None,
+    z_t: Any = None,
+    z_i: Any = None,
+    start_noise: StartNoise | None = None,
+    with_trajectories: bool = False,
+    batch_size: int | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    on_batch: Callable[[Samples], None] | None = None,
+  ) -> Samples:
+    """Pictures of captions, with everything that they came from.
+
+    Args:
+      prompts: one or several captions. What one has beyond the model's context length is cut, with
+        a UserWarning that shows it. Empty ones are for z_i that are given.
+      seed: 0 to 2^32 - 1.
+      num_images: for each prompt.
+      first_image: the index of each prompt's first image: images 4 and 5 of a seed are
+        `first_image=4, num_images=2`.
+      negative_prompt: what guidance leads away from; without one, the empty caption.
+      prior: how the prior is sampled, where not as the model says.
+      decoder: the same for the decoder.
+      upsampler: the same for all upsamplers.
+      num_candidates: embeddings that the prior draws for each image, to keep the one nearest to
+        z_t (section 2.2); None takes the model's.
+      size: in pixels, that of the stage to stop at; None goes to the end.
+      z_t: float [n or 1, d], CLIP text embeddings in place of the captions' own.
+      z_i: float [n or 1, d], CLIP image embeddings to decode; the prior does not run.
+      start_noise: what stages begin from, each float [n or 1, ...], where not drawn from the seed.
+      with_trajectories: whether to return what lay between, at num_steps times the memory.
+      batch_size: how many images go through a stage together at most; None takes 4 on a CPU, else
+        16. The last batch is filled up, so that it compiles nothing.
+      progress: called as stages begin and end.
+      on_batch: called with each batch as it is complete, to save it before the next one.
+
+    Raises:
+      UnclipError: an argument is not as above; the message names it and the remedy.
+    """
+    captions = settings.check_prompts(prompts, allow_empty=z_i is not None)
+    settings.check_count('the number of images', num_images)
+    settings.check_count('the index of the first image', first_image, 0)
+    settings.check_count('the index of the last image', first_image + num_images - 1, 0, 2**32 - 1)
+    config, n = self.config, len(captions) * num_images
+    ups = config.upsamplers[: settings.num_upsamplers(config, size)]
+    if upsampler.guidance_scale is not None:
+      raise UnclipError('upsampler: it is not guided; give the guidance scale to the decoder')
+    if num_candidates is None:
+      num_candidates = config.prior.num_candidates
+    settings.check_count('the number of candidates', num_candidates)
+    prior_settings = settings.resolve('prior', config.prior.diffusion, config.prior.sampling, prior)
+    decoder_settings = settings.resolve(
+      'decoder', config.decoder.diffusion, config.decoder.sampling, decoder
+    )
+    guided = decoder_settings.guidance_scale is not None or (
+      z_i is None and prior_settings.guidance_scale is not None
+    )
+    captions = [caption for caption in captions for _ in range(num_images)]
+    request = Request(
+      captions=tuple(captions),
+      tokens=self.tokenizer.encode(captions),
+      null_tokens=self._null_tokens(negative_prompt, n, guided),
+      seed=np.uint32(settings.check_seed(seed)),
+      indices=np.uint32(first_image) + np.arange(n, dtype=np.uint32) % np.uint32(num_images),
+      num_candidates=num_candidates,
+      prior=prior_settings,
+      decoder=decoder_settings,
+      upsamplers=tuple(
+        settings.resolve(f'upsampler {i}', up.diffusion, up.sampling, upsampler)
+        for i, up in enumerate(ups)
+      ),
+      z_t=_given('z_t', z_t, n, (config.clip.embed_dim,)),
+      z_i=_given('z_i', z_i, n, (config.clip.embed_dim,)),
+      noise=self._given_noise(start_noise or StartNoise(), n, num_candidates, len(ups)),
+      with_trajectories=with_trajectories,
+    )
+    for stage in ('clip', 'prior', 'decoder', *(f'upsampler_{i}' for i in range(len(ups)))):
+      if stage != 'prior' or z_i is None:
+        self._params_of(stage)
+    self._warn_of_cuts(dict.fromkeys([*captions, *([negative_prompt] if negative_prompt else [])]))
+    return self._run(request, self._batch_size(n, batch_size), progress, on_batch)
+
+  def encode_text(self, texts: str | Sequence[str]) -> Array:
+    """CLIP's embeddings z_t of captions, float32 [n, embed_dim].
+
+    Raises:
+      UnclipError: as `sample`; the empty caption has an embedding too.
+    """
+    texts = settings.check_prompts(texts, allow_empty=True)
+    self._params_of('clip')
+    self._warn_of_cuts(texts)
+    tokens = self.tokenizer.encode(texts)
+    return pipeline.encode_text(self.config, self.params, tokens, self.dtype, self.mesh).z_t
+
+  def encode_image(self, images: Any) -> Array:
+    """CLIP's embeddings z_i of images, float32 [n, embed_dim].
+
+    Args:
+      images: [n, h, w, 3], uint8 or float in [-1, 1]; resized to the size that CLIP looks at.
+
+    Raises:
+      UnclipError: they are of another shape or kind.
+    """
+    images = images if isinstance(images, jax.Array) else np.asarray(images)
+    if images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape:
+      raise UnclipError(f'images must be an array [n, h, w, 3], not {list(images.shape)}')
+    if images.dtype != np.uint8 and not jnp.issubdtype(images.dtype, jnp.floating):
+      raise UnclipError(f'images must be uint8, or float in [-1, 1], not {images.dtype}')
+    return programs.encode_image(
+      self._params_of('clip'), images, config=self.config.clip, dtype=self.dtype
+    )
+
+  def _run(
+    self,
+    request: Request,
+    batch_size: int,
+    progress: Callable[[Progress], None] | None,
+    on_batch: Callable[[Samples], None] | None,
+  ) -> Samples:
+    n = len(request.captions)
+    num_batches = -(-n // batch_size)
+
+    def report(batch: int, stage: str, status: Any) -> None:
+      if progress is not None:
+        progress(Progress(stage, status, batch, num_batches))
+
+    parts = []
+    for batch in range(num_batches):
+      rows = np.arange(batch * batch_size, min(n, (batch + 1) * batch_size))
+      filled = request.take(np.pad(rows, (0, batch_size - len(rows)), mode='edge'))
+      samples = pipeline.sample_batch(
+        self.config, self.params, filled, self.dtype, self.mesh, functools.partial(report, batch)
+      )
+      parts.append(pipeline.first_rows(samples, len(rows)))
+      if on_batch is not None:
+        on_batch(parts[-1])
+    return pipeline.concatenate(parts)
+
+  def _batch_size(self, n: int, most: int | None) -> int:
+    """A power of two if it may be: few sizes, so few programs, whatever numbers are asked for."""
+    if most is None:
+      most = 4 if jax.default_backend() == 'cpu' else 16
+    settings.check_count('the batch size', most)
+    size = min(most, 1 << (n - 1).bit_length())
+    devices = 1 if self.mesh is None else self.mesh.shape[DATA_AXIS]
+    return -(-size // devices) * devices
+
+  def _null_tokens(self, negative_prompt: str | None, n: int, guided: bool) -> Any:
+    """Tokens [n] of what guidance leads away from."""
+    if negative_prompt is not None:
+      settings.check_text(negative_prompt, 'the negative prompt', allow_empty=True)
+      if not guided:
+        raise UnclipError(
+          'the negative prompt is without effect as nothing is guided: give the decoder a guidance '
+          'scale above 1'
+        )
+    return self.tokenizer.encode([negative_prompt or ''] * n) if guided else None
+
+  def _given_noise(
+    self, noise: StartNoise, n: int, num_candidates: int, num_upsamplers: int
+  ) -> StartNoise:
+    """The caller's noise, checked; what is for stages that do not run is dropped."""
+    config = self.config
+    ups = (*noise.upsamplers, *[None] * num_upsamplers)[:num_upsamplers]
+
+    def shape(stage: Any) -> tuple[int, ...]:
+      return (stage.image_size, stage.image_size, stage.unet.in_channels)
+
+    return StartNoise(
+      _given('start_noise.prior', noise.prior, n, (num_candidates, config.prior.embed_dim)),
+      _given('start_noise.decoder', noise.decoder, n, shape(config.decoder)),
+      tuple(
+        _given(f'start_noise.upsamplers[{i}]', x, n, shape(config.upsamplers[i]))
+        for i, x in enumerate(ups)
+      ),
+    )
+
+  def _warn_of_cuts(self, texts: Sequence[str] | Mapping[str, Any]) -> None:
+    for text in texts:
+      if cut := self.tokenizer.truncated(text):
+        shown = text if len(text) <= _SHOWN else text[: _SHOWN - 1] + '…'
+        warn(
+          f'the prompt {shown!r} is longer than the {self.tokenizer.context_length} tokens that '
+          f'the model reads; this was cut off: {cut!r}',
+          stacklevel=4,
+        )
+
+  def _params_of(self, stage: str) -> Params:
+    if stage not in self.params:
+      raise UnclipError(
+        f'this model has no {stage}, only {", ".join(self.params) or "a config"}: take one that '
+        'has, or train that stage into its folder'
+      )
+    return self.params[stage]
+
+
+def load(model: str | Any = 'default', dtype: Any = 'float32', num_devices: int = 1) -> Unclip:
+  """Opens a model: the one that comes with the package, or a folder.
+
+  Args:
+    model: 'default', or the folder of a model or of a training run (`gs://` and the like work).
+    dtype: what networks compute in and parameters are held in, 'float32' or 'bfloat16'.
+    num_devices: over how many devices a batch is spread.
+
+  Raises:
+    UnclipError: there is no such model, one of its files is missing, damaged, or belongs to another
+      architecture, or there are not so many devices; the message names the culprit and the remedy.
+  """
+  dtype = settings.check_dtype(dtype)
+  settings.check_count('the number of devices', num_devices)
+  config, params, tokenizer, mesh = load_parts(model, dtype, num_devices)
+  return Unclip(config, params, tokenizer, dtype, mesh)
+
+
+@functools.cache
+def _default() -> Unclip:
+  return load()
+
+
+def generate(prompts: str | Sequence[str], seed: int = 0, num_images: int = 1) -> np.ndarray:
+  """Pictures of captions by the model of the package, which stays in memory for the next call.
+
+  For all else: `load`, then `Unclip.generate`.
+
+  Returns:
+    uint8 [len(prompts) * num_images, h, w, 3].
+
+  Raises:
+    UnclipError: as `Unclip.generate`.
+  """
+  return _default().generate(prompts, seed, num_images)
+
+
+def _given(what: str, value: Any, n: int, shape: tuple[int, ...]) -> np.ndarray | None:
+  """An array of the caller's as float32 [n, *shape]."""
+  if value is None:
+    return None
+  value = np.asarray(value)
+  if value.shape not in ((n, *shape), (1, *shape)):
+    raise UnclipError(
+      f'{what} has the shape {list(value.shape)}, wanted is {[n, *shape]}, or 1 in place of {n}'
+    )
+  if not jnp.issubdtype(value.dtype, jnp.floating) or not np.isfinite(value).all():
+    raise UnclipError(f'{what} must hold finite floating-point numbers')
+  return np.broadcast_to(value.astype(np.float32), (n, *shape))
