@@ -5,6 +5,7 @@ Written as ArrayRecord without TensorFlow. The sprites are lossless WebP in a pl
 see compose.py.
 """
 
+import contextlib
 import dataclasses
 import io
 import shutil
@@ -172,7 +173,8 @@ def build(
   try:
     tfds.disable_progress_bar()
     builder = Emoji(rendered, size, partial_dir)
-    builder.download_and_prepare()
+    with contextlib.redirect_stdout(io.StringIO()):  # TFDS speaks of downloads; there are none
+      builder.download_and_prepare()
     if out_dir.exists():
       out_dir.rmdir()
     shutil.move(builder.data_path, out_dir)

@@ -24,6 +24,7 @@ SHIPPED = Path(__file__).parent / 'data' / '64px'
 OBJECT_SCALE = 0.92  # of the picture's side: a rim of background tells its colour
 SCENE_SCALE = 0.46
 MAX_SHARED = 8  # concepts that may share a keyword
+CACHE_BYTES = 512 * 2**20
 SCENE_OFFSET = 0.245  # of an object's centre from the picture's
 
 
@@ -32,21 +33,45 @@ class Sprites:
   """All sprites of a build in their stored order, the splits one after the other.
 
   Attributes:
-    rgba: uint8 [n, size, size, 4], colours not premultiplied.
+    webp: n encoded images.
+    size: side of the images in pixels.
     style, concept, label, group, split: one string a sprite.
     keywords: a list of strings a sprite; words that many concepts share ('button') are left out.
   """
 
-  rgba: np.ndarray
+  webp: list[bytes]
+  size: int
   style: np.ndarray
   concept: np.ndarray
   label: np.ndarray
   group: np.ndarray
   split: np.ndarray
   keywords: list[list[str]]
+  _cache: dict[int, Image.Image] = dataclasses.field(init=False, repr=False, default_factory=dict)
 
   def __len__(self) -> int:
-    return len(self.rgba)
+    return len(self.webp)
+
+  @property
+  def margin(self) -> int:
+    """Width in pixels of the transparent rim that `padded` adds."""
+    return max(4, self.size // 4)
+
+  def padded(self, index: int) -> Image.Image:
+    """Returns a sprite, premultiplied, within a transparent rim into which a resize may reach.
+
+    What was decoded is kept while it fits into CACHE_BYTES.
+    """
+    image = self._cache.get(index)
+    if image is None:
+      side = self.size + 2 * self.margin
+      rgba = np.zeros((side, side, 4), np.uint8)
+      inner = slice(self.margin, self.margin + self.size)
+      rgba[inner, inner] = decode(self.webp[index])
+      image = Image.fromarray(rgba).convert('RGBa')
+      if (len(self._cache) + 1) * rgba.nbytes <= CACHE_BYTES:
+        self._cache[index] = image
+    return image
 
 
 class Truth(NamedTuple):
@@ -83,7 +108,7 @@ class Example(NamedTuple):
 
 @functools.lru_cache(maxsize=2)
 def load_sprites(data_dir: Path | None = None) -> Sprites:
-  """Reads every sprite of a build into memory.
+  """Reads a build into memory; its sprites are decoded when they are drawn.
 
   Args:
     data_dir: the folder of a build; None is the 64 px build that comes with the repository.
@@ -102,7 +127,8 @@ def load_sprites(data_dir: Path | None = None) -> Sprites:
     for name in ('style', 'concept', 'label', 'group')
   }
   return Sprites(
-    rgba=np.stack([decode(record['sprite']) for record in records]),
+    webp=[record['sprite'] for record in records],
+    size=len(decode(records[0]['sprite'])),
     split=np.array(split_of),
     keywords=_specific(keywords, text['concept']),
     **text,
@@ -160,9 +186,6 @@ class CaptionedEmoji:
       for strictness in range(len(SPLITS))
     }
     self._sprites = sprites
-    self._premultiplied = [
-      Image.fromarray(rgba, 'RGBA').convert('RGBa') for rgba in _padded(sprites.rgba)
-    ]
     self._size, self._num_examples, self._seed = size, num_examples, seed
     self._scene_fraction, self._jitter = scene_fraction, jitter
 
@@ -230,13 +253,12 @@ class CaptionedEmoji:
     # A scene's objects move half as far: they are half as large.
     scale, reach = scale * (1 + change), scale / OBJECT_SCALE
     cx, cy = centre[0] + shift_x * reach, centre[1] + shift_y * reach
-    size, source = self._size, self._premultiplied[sprite]
-    margin = _margin(self._sprites.rgba.shape[1])
-    inner = source.width - 2 * margin
+    size, source = self._size, self._sprites.padded(sprite)
+    margin = self._sprites.margin
     # The whole pixels of the picture that the sprite touches, and the same box in the sprite.
     x0, x1 = _pixel_range(cx, scale, size)
     y0, y1 = _pixel_range(cy, scale, size)
-    step = inner / (scale * size)
+    step = self._sprites.size / (scale * size)
     left = margin + (x0 - (cx - scale / 2) * size) * step
     top = margin + (y0 - (cy - scale / 2) * size) * step
     box = (left, top, left + (x1 - x0) * step, top + (y1 - y0) * step)
@@ -250,16 +272,6 @@ class CaptionedEmoji:
 def decode(webp: bytes) -> np.ndarray:
   """Returns uint8 [size, size, 4] of an encoded sprite."""
   return np.asarray(Image.open(io.BytesIO(webp)).convert('RGBA'))
-
-
-def _margin(sprite_size: int) -> int:
-  return max(4, sprite_size // 4)
-
-
-def _padded(rgba: np.ndarray) -> np.ndarray:
-  """Returns the sprites within a transparent margin, into which a resize may reach."""
-  margin = _margin(rgba.shape[1])
-  return np.pad(rgba, ((0, 0), (margin, margin), (margin, margin), (0, 0)))
 
 
 def _pixel_range(centre: float, scale: float, size: int) -> tuple[int, int]:

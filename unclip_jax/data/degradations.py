@@ -19,6 +19,8 @@ from unclip_jax.types import Array
 BLUR_KERNEL = 3  # table 3 of the paper, as is the sigma
 BLUR_SIGMA = 0.6
 
+MAX_SIGMA = 2.8  # BSRGAN's isotropic blur at a factor of 4
+
 _INTERPOLATIONS = (
   Image.Resampling.NEAREST,
   Image.Resampling.BOX,
@@ -97,10 +99,9 @@ def bsr_degrade(image: np.ndarray, factor: int, seed: int | tuple[int, ...]) -> 
     raise ValueError(f'{height}x{width} is no multiple of {factor}')
   rng = np.random.default_rng(seed)
   target = (width // factor, height // factor)
-  strength = factor / 4  # blurs are in pixels of the picture before its reduction
   steps: list[Callable[[Image.Image], Image.Image]] = [
-    lambda img: _random_blur(rng, img, strength),
-    lambda img: _random_blur(rng, img, strength),
+    lambda img: _random_blur(rng, img, width),
+    lambda img: _random_blur(rng, img, width),
     lambda img: _random_resize(rng, img, target),
     lambda img: img.resize(target, _pick(rng, _INTERPOLATIONS[1:])),
     lambda img: _gaussian_noise(rng, img),
@@ -115,10 +116,12 @@ def bsr_degrade(image: np.ndarray, factor: int, seed: int | tuple[int, ...]) -> 
   return np.asarray(_jpeg(rng, degraded))
 
 
-def _random_blur(rng: np.random.Generator, image: Image.Image, strength: float) -> Image.Image:
+def _random_blur(rng: np.random.Generator, image: Image.Image, full_width: int) -> Image.Image:
   """Blurs with a Gaussian, half of the time with one of any direction and two widths."""
-  sigma_u = strength * rng.uniform(0.1, 2.4)
-  sigma_v = sigma_u if rng.random() < 0.5 else strength * rng.uniform(0.1, 2.4)
+  # As wide before a reduction as after it: in pixels of the picture at its full width.
+  widest = MAX_SIGMA * image.width / full_width
+  sigma_u = max(0.1, rng.uniform(0, widest))
+  sigma_v = sigma_u if rng.random() < 0.5 else max(0.1, rng.uniform(0, widest))
   kernel = _gaussian_kernel(sigma_u, sigma_v, rng.uniform(0, np.pi))
   radius = kernel.shape[0] // 2
   pixels = np.asarray(image, np.float32)
