@@ -75,12 +75,12 @@ TINY = UnclipConfig(
   ),
 )
 
-_EMOJI_TEXT = TextConfig(vocab_size=4096, context_length=32, width=128, depth=3, num_heads=4)
+_EMOJI_TEXT = TextConfig(vocab_size=2048, context_length=32, width=128, depth=2, num_heads=4)
 
 EMOJI_SMALL = UnclipConfig(
   clip=ClipConfig(
     text=_EMOJI_TEXT,
-    vision=ConvTowerConfig(image_size=32, widths=(48, 96, 160), depth=2),
+    vision=ConvTowerConfig(image_size=32, widths=(32, 64, 128), depth=2),
     embed_dim=128,
   ),
   prior=PriorConfig(
@@ -100,9 +100,9 @@ EMOJI_SMALL = UnclipConfig(
     unet=UNetConfig(
       in_channels=3,
       out_channels=6,
-      channels=64,
-      multipliers=(1, 2, 3),
-      num_res_blocks=2,
+      channels=48,
+      multipliers=(1, 2, 4),
+      num_res_blocks=1,
       attention_levels=(1, 2),
       head_dim=32,
       context_dim=128,
@@ -113,7 +113,7 @@ EMOJI_SMALL = UnclipConfig(
       prediction='v', learned_variance=True, clip_x_0=1.0, min_snr_gamma=5.0
     ),
     sampling=SamplingConfig(num_steps=50, variance='learned', guidance_scale=2.0),
-    text=dataclasses.replace(_EMOJI_TEXT, depth=2),
+    text=_EMOJI_TEXT,
   ),
   upsamplers=(
     UpsamplerConfig(
@@ -122,7 +122,7 @@ EMOJI_SMALL = UnclipConfig(
       unet=UNetConfig(
         in_channels=3,
         out_channels=3,
-        channels=48,
+        channels=32,
         multipliers=(1, 2, 3),
         num_res_blocks=1,
         condition_channels=3,

@@ -21,14 +21,14 @@ class TextFeatures(NamedTuple):
   Attributes:
     ids: int32 [b, t] token ids.
     mask: bool [b, t], true from the start to the end-of-text token.
-    states: [b, t, width], the text tower's states after its final norm.
-    z_t: [b, embed_dim], the caption's CLIP embedding.
+    states: [b, t, width], the text tower's states after its final norm; None where unused.
+    z_t: [b, embed_dim], the caption's CLIP embedding; None where unused.
   """
 
   ids: Array
   mask: Array
-  states: Array
-  z_t: Array
+  states: Array | None
+  z_t: Array | None
 
 
 class TextTower(nn.Module):

@@ -1,0 +1,260 @@
+"""What the four training scripts share: their options, the data as arrays, CLIP's features."""
+
+import argparse
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.emoji.pool import Pool, make_pool
+from unclip_jax import configs
+from unclip_jax.data.tokenizer import Tokenizer
+from unclip_jax.nn.clip import TextFeatures
+from unclip_jax.presets import preset
+from unclip_jax.stages import clip
+from unclip_jax.train.state import (
+  Metrics,
+  OptimizerConfig,
+  TrainState,
+  TrainStep,
+  gather,
+  make_multi_step,
+)
+from unclip_jax.types import Array, Params, UnclipError
+from unclip_jax.weights.folder import read_manifest, read_stage, write_model
+
+TOKENIZER = Path(__file__).parent / 'tokenizer.json'
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """A stage's training, as its script's options give it.
+
+  Attributes:
+    run: the model folder that is trained, and below it a folder a stage with its checkpoints.
+    config: of all stages.
+    optimizer: of this one.
+    steps, batch_size, ema_decay: as they say.
+    chunk: updates between two lines of the log.
+    save_every: updates between checkpoints.
+    minutes: stop, with a checkpoint, after so long; None trains all steps.
+    pool_size: composed examples held in memory, from which batches are drawn.
+    styles, groups, scene_fraction: what is drawn, see `CaptionedEmoji`.
+    data: folder of a build; None is the one that comes with the repository.
+    seed: of everything random.
+    dtype: what the networks compute in.
+  """
+
+  run: Path
+  config: configs.UnclipConfig
+  optimizer: OptimizerConfig
+  steps: int
+  batch_size: int
+  ema_decay: float
+  chunk: int
+  save_every: int
+  minutes: float | None
+  pool_size: int
+  styles: tuple[str, ...] | None
+  groups: tuple[str, ...] | None
+  scene_fraction: float
+  data: Path | None
+  seed: int
+  dtype: Any
+
+
+def parse_options(
+  description: str,
+  optimizer: OptimizerConfig,
+  steps: int,
+  batch_size: int,
+  ema_decay: float = 0.999,
+  pool_size: int = 65536,
+  argv: list[str] | None = None,
+) -> TrainConfig:
+  """The options of a training script, whose defaults are the arguments."""
+  on_accelerator = jax.default_backend() != 'cpu'
+  parser = argparse.ArgumentParser(
+    description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+  )
+  add = parser.add_argument
+  add('--run', type=Path, default=Path('runs/emoji_small'), help='folder of the run')
+  add('--preset', default='emoji_small', help='tiny, emoji_small, emoji or paper')
+  add(
+    '--set',
+    dest='assignments',
+    action='append',
+    default=[],
+    metavar='FIELD=VALUE',
+    help='overrides of the preset (decoder.unet.channels=96) or of optimizer.*',
+  )
+  add('--steps', type=int, default=steps, help='updates in all, those of earlier starts included')
+  add('--batch-size', type=int, default=batch_size)
+  add('--ema-decay', type=float, default=ema_decay)
+  add('--chunk', type=int, default=100 if on_accelerator else 20, help='updates between log lines')
+  add('--save-every', type=int, default=1000, help='updates between checkpoints')
+  add('--minutes', type=float, default=None, help='stop with a checkpoint after so long')
+  add('--pool-size', type=int, default=pool_size, help='composed examples held in memory')
+  add('--styles', nargs='+', default=None, help='of flat 3d gradient noto twemoji')
+  add('--groups', nargs='+', default=None, help="emojibase's groups, such as food-drink")
+  add('--scene-fraction', type=float, default=0.15, help='pictures of two objects')
+  add('--data', type=Path, default=None, help='a build of experiments.emoji.build')
+  add('--seed', type=int, default=0)
+  add('--dtype', default='bfloat16' if on_accelerator else 'float32')
+  args = parser.parse_args(argv)
+  ours = [a.removeprefix('optimizer.') for a in args.assignments if a.startswith('optimizer.')]
+  theirs = [a for a in args.assignments if not a.startswith('optimizer.')]
+  if args.steps < 1 or args.batch_size < 1 or args.chunk < 1 or args.save_every % args.chunk:
+    raise UnclipError('--steps, --batch-size, --chunk: 1 or more; --save-every: chunks of updates')
+  return TrainConfig(
+    run=args.run,
+    config=configs.override(preset(args.preset), theirs),
+    optimizer=configs.override(optimizer, ours),
+    steps=args.steps,
+    batch_size=args.batch_size,
+    ema_decay=args.ema_decay,
+    chunk=args.chunk,
+    save_every=args.save_every,
+    minutes=args.minutes,
+    pool_size=args.pool_size,
+    styles=tuple(args.styles) if args.styles else None,
+    groups=tuple(args.groups) if args.groups else None,
+    scene_fraction=args.scene_fraction,
+    data=args.data,
+    seed=args.seed,
+    dtype=jnp.dtype(args.dtype),
+  )
+
+
+def make_updates(
+  train: TrainConfig, train_step: TrainStep, make_batch: Callable[[Any, Array, Array], Any] = gather
+) -> TrainStep:
+  """A function (state, pool, key) -> (state, metrics [chunk]) that makes `train.chunk` updates.
+
+  On an accelerator they are one program. On a CPU each is its own: XLA runs the gradients of
+  convolutions inside of a loop tens of times slower than outside of one.
+  """
+  on_cpu = jax.default_backend() == 'cpu'
+  multi_step = make_multi_step(train_step, 1 if on_cpu else train.chunk, train.batch_size, make_batch)
+  program = jax.jit(multi_step, donate_argnums=0)
+
+  def updates(state: TrainState, pool: Any, key: Array) -> tuple[TrainState, Metrics]:
+    rows = []
+    for _ in range(train.chunk if on_cpu else 1):
+      state, metrics = program(state, pool, key)
+      rows.append(metrics)
+    return state, jax.tree.map(lambda *columns: jnp.concatenate(columns), *rows)
+
+  return updates
+
+
+def compose(
+  train: TrainConfig, size: int, num_examples: int, splits: tuple[str, ...] = ('train',)
+) -> Pool:
+  """Composed examples of a run's domain, pictures of `size` pixels."""
+  return make_pool(
+    size,
+    num_examples,
+    seed=train.seed if splits == ('train',) else train.seed + 1,
+    splits=splits,
+    styles=train.styles,
+    groups=train.groups,
+    scene_fraction=train.scene_fraction if splits == ('train',) else 0.0,
+    data_dir=train.data,
+  )
+
+
+def to_float(image: Array) -> Array:
+  """uint8 -> float32 in [-1, 1]."""
+  return image.astype(jnp.float32) / 127.5 - 1
+
+
+def to_uint8(image: Array) -> np.ndarray:
+  """Float around [-1, 1] -> uint8."""
+  return np.asarray(jnp.round((jnp.clip(image, -1, 1) + 1) * 127.5)).astype(np.uint8)
+
+
+def grid(images: np.ndarray, columns: int) -> np.ndarray:
+  """uint8 [n, h, w, 3] -> one picture, row by row; what does not fill a row is left out."""
+  rows = len(images) // columns
+  _, h, w, c = images.shape
+  tiles = images[: rows * columns].reshape(rows, columns, h, w, c)
+  return tiles.transpose(0, 2, 1, 3, 4).reshape(rows * h, columns * w, c)
+
+
+def encode_pool(
+  train: TrainConfig, tokenizer: Tokenizer, captions: list[str], images: np.ndarray | None
+) -> dict[str, Array]:
+  """Tokens, and where images are given CLIP's features, of a whole pool.
+
+  Returns:
+    ids int32 [n, t], mask bool [n, t]; with images (uint8, CLIP's size) also states [n, t, width]
+    (bfloat16, to halve the memory), z_t and z_i [n, embed_dim].
+  """
+  tokens = tokenizer.encode(captions)
+  result = {'ids': jnp.asarray(tokens.ids), 'mask': jnp.asarray(tokens.mask)}
+  if images is None:
+    return result
+  config = train.config.clip
+  params = load_stage(train, 'clip')
+
+  @jax.jit
+  def encode(params: Params, ids: Array, mask: Array, image: Array) -> dict[str, Array]:
+    text = clip.encode_text(config, params, ids, mask)
+    z_i = clip.encode_image(config, params, to_float(image))
+    return {'states': text.states.astype(jnp.bfloat16), 'z_t': text.z_t, 'z_i': z_i}
+
+  n, b = len(captions), min(512, len(captions))
+  parts = []
+  for start in range(0, n, b):
+    rows = np.minimum(np.arange(start, start + b), n - 1)
+    part = encode(params, result['ids'][rows], result['mask'][rows], images[rows])
+    parts.append(jax.tree.map(lambda a, keep=min(b, n - start): np.asarray(a[:keep]), part))
+  features = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+  return {**result, **jax.tree.map(jnp.asarray, features)}
+
+
+def text_features(rows: dict[str, Array]) -> TextFeatures:
+  """A batch's `encode_pool` rows as the features that the stages take."""
+  states = rows.get('states')
+  states = None if states is None else states.astype(jnp.float32)
+  return TextFeatures(
+    rows['ids'], rows['mask'], states, rows.get('z_t')
+  )
+
+
+def null_text(train: TrainConfig, tokenizer: Tokenizer) -> TextFeatures:
+  """Features [1] of the empty caption."""
+  tokens = tokenizer.encode([''])
+  ids, mask = jnp.asarray(tokens.ids), jnp.asarray(tokens.mask)
+  return clip.encode_text(train.config.clip, load_stage(train, 'clip'), ids, mask)
+
+
+def load_stage(train: TrainConfig, name: str) -> Params:
+  """A stage that an earlier script exported to the run's folder (only CLIP is asked for)."""
+  expected = jax.eval_shape(lambda: clip.init(train.config.clip, jax.random.key(0)))
+  return jax.tree.map(jnp.asarray, read_stage(train.run, name, expected, jnp.float32))
+
+
+def export_stage(train: TrainConfig, name: str, params: Params) -> None:
+  """Writes a stage's parameters into the run's folder, which is a model folder, in bfloat16."""
+  stages = (train.run / 'unclip.json').exists() and read_manifest(train.run).stages
+  write_model(
+    train.run,
+    configs.to_json(train.config),
+    {name: params},
+    TOKENIZER,
+    jnp.bfloat16,
+    keep=tuple(stages or ()),
+  )
+
+
+def deadline(minutes: float | None) -> Callable[[], bool]:
+  """A function that says whether the time is up."""
+  end = None if minutes is None else time.monotonic() + 60 * minutes
+  return lambda: end is not None and time.monotonic() >= end

@@ -1,0 +1,112 @@
+"""Trains the decoder on captioned emoji; needs the run's CLIP.
+
+  python -m experiments.emoji.train_decoder --run runs/emoji_small
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.emoji import common
+from unclip_jax import sharding
+from unclip_jax.data.tokenizer import Tokenizer
+from unclip_jax.stages import common as stage_common
+from unclip_jax.stages import decoder
+from unclip_jax.train.log import RunLog
+from unclip_jax.train.state import (
+  OptimizerConfig,
+  check_finite,
+  gather,
+  init_state,
+  make_optimizer,
+  make_train_step,
+)
+from unclip_jax.weights.checkpoint import Checkpoints
+
+NUM_HELD_OUT = 32
+
+
+def main() -> None:
+  train = common.parse_options(
+    __doc__,
+    OptimizerConfig(learning_rate=4e-4, warmup_steps=500),
+    steps=20000,
+    batch_size=64,
+    ema_decay=0.9995,
+  )
+  config = train.config.decoder
+  mesh = sharding.make_mesh()
+  tokenizer = Tokenizer.load(common.TOKENIZER)
+
+  def encode(num_examples, splits):
+    """Pictures at the decoder's size with their captions and CLIP's view of them."""
+    pool = common.compose(train, config.image_size, num_examples, splits)
+    clip_size = train.config.clip.vision.image_size
+    seen = pool if clip_size == config.image_size else common.compose(
+      train, clip_size, num_examples, splits
+    )
+    rows = common.encode_pool(train, tokenizer, pool.captions, seen.images)
+    if config.text is not None:  # it reads the tokens, not CLIP's states
+      del rows['states'], rows['z_t']
+    return {**rows, 'image': jnp.asarray(pool.images)}
+
+  arrays, held_out = encode(train.pool_size, ('train',)), encode(NUM_HELD_OUT, ('val_pairs',))
+  null_text = common.null_text(train, tokenizer)
+  if config.text is not None:
+    null_text = null_text._replace(states=None, z_t=None)
+
+  def loss_fn(params, batch, key):
+    image, text = common.to_float(batch['image']), common.text_features(batch)
+    return decoder.loss(
+      config, params, image, batch['z_i'], text, null_text, key, train.dtype
+    )
+
+  def make_batch(pool, indices, key):
+    return sharding.constrain_batch(gather(pool, indices, key), mesh)
+
+  optimizer = make_optimizer(train.optimizer, train.steps)
+  train_step = make_train_step(loss_fn, optimizer, train.ema_decay)
+  updates = common.make_updates(train, train_step, make_batch)
+
+  @jax.jit
+  def reconstruct(params, rows):
+    """Held-out pictures decoded from their true z_i and captions."""
+    sampling = config.sampling
+    plan = stage_common.make_plan(config.diffusion, sampling)
+    sampler = stage_common.make_sampler(sampling.sampler, sampling.variance, sampling.eta)
+    text = common.text_features(rows)
+    uncond = jax.tree.map(lambda a: jnp.broadcast_to(a, (NUM_HELD_OUT, *a.shape[1:])), null_text)
+    key_b = jax.random.split(jax.random.key(0), NUM_HELD_OUT)
+    scale = jnp.float32(sampling.guidance_scale)
+    return decoder.sample(
+      config, params, text, uncond, rows['z_i'], key_b, plan, sampler, scale
+    )[0]
+
+  key_init, key_run = jax.random.split(jax.random.key(train.seed))
+  state = init_state(decoder.init(config, key_init), optimizer)
+  state = jax.device_put(state, sharding.replicated(mesh))
+  arrays = jax.device_put(arrays, sharding.replicated(mesh))
+  folder = train.run / 'decoder'
+  with Checkpoints(folder / 'checkpoints', keep=1) as checkpoints:
+    if checkpoints.latest_step() is not None:
+      state = checkpoints.restore(state)
+    time_is_up = common.deadline(train.minutes)
+    with RunLog(folder, train.steps, resume_step=int(state.step)) as log:
+      step = int(state.step)
+      while step < train.steps and not time_is_up():
+        state, metrics = updates(state, arrays, key_run)
+        check_finite(metrics, step)
+        step = int(state.step)
+        log.write(step, metrics, num_examples=train.chunk * train.batch_size)
+        if step % train.save_every == 0:
+          checkpoints.save(step, state)
+          images = common.to_uint8(reconstruct(state.ema_params, held_out))
+          pairs = np.stack([held_out['image'], images], axis=1).reshape(-1, *images.shape[1:])
+          log.write_image(step, 'real_and_decoded', common.grid(pairs, 16))
+      checkpoints.save(step, state)
+      log.write_curves(['loss', 'mse'])
+  common.export_stage(train, 'decoder', state.ema_params)
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,99 @@
+"""Trains the diffusion prior on captioned emoji; needs the run's CLIP.
+
+  python -m experiments.emoji.train_prior --run runs/emoji_small
+"""
+
+import jax
+
+from experiments.emoji import common
+from unclip_jax import sharding
+from unclip_jax.data.tokenizer import Tokenizer
+from unclip_jax.nn.layers import l2_normalize
+from unclip_jax.stages import common as stage_common
+from unclip_jax.stages import diffusion_prior
+from unclip_jax.train.log import RunLog
+from unclip_jax.train.state import (
+  OptimizerConfig,
+  check_finite,
+  gather,
+  init_state,
+  make_optimizer,
+  make_train_step,
+)
+from unclip_jax.weights.checkpoint import Checkpoints
+
+NUM_HELD_OUT = 256
+
+
+def main() -> None:
+  # Weight decay, beta2 and eps of Table 3; the learning rate is for a net a thousandth as large.
+  train = common.parse_options(
+    __doc__,
+    OptimizerConfig(learning_rate=5e-4, weight_decay=6e-2, b2=0.96, eps=1e-6, warmup_steps=200),
+    steps=6000,
+    batch_size=256,
+  )
+  config = train.config.prior
+  mesh = sharding.make_mesh()
+  tokenizer = Tokenizer.load(common.TOKENIZER)
+  size = train.config.clip.vision.image_size
+  pool = common.compose(train, size, train.pool_size)
+  arrays = common.encode_pool(train, tokenizer, pool.captions, pool.images)
+  null_text = common.null_text(train, tokenizer)
+  statistics = diffusion_prior.fit_statistics(arrays['z_i'])
+  held_out = common.compose(train, size, NUM_HELD_OUT, ('val_pairs',))
+  held_out = common.encode_pool(train, tokenizer, held_out.captions, held_out.images)
+
+  def loss_fn(params, batch, key):
+    text = common.text_features(batch)
+    return diffusion_prior.loss(
+      config, params, statistics, batch['z_i'], text, null_text, key, train.dtype
+    )
+
+  def make_batch(pool, indices, key):
+    return sharding.constrain_batch(gather(pool, indices, key), mesh)
+
+  optimizer = make_optimizer(train.optimizer, train.steps)
+  train_step = make_train_step(loss_fn, optimizer, train.ema_decay)
+  updates = common.make_updates(train, train_step, make_batch)
+
+  @jax.jit
+  def held_out_cosine(params, rows):
+    """Mean cosine of sampled and true embeddings of held-out captions."""
+    text = common.text_features(rows)
+    sampling = config.sampling
+    plan = stage_common.make_plan(config.diffusion, sampling)
+    sampler = stage_common.make_sampler(sampling.sampler, sampling.variance, sampling.eta)
+    key_b = jax.random.split(jax.random.key(0), NUM_HELD_OUT)
+    z_i, _ = diffusion_prior.sample(config, params, statistics, text, text, key_b, plan, sampler)
+    return (l2_normalize(z_i) * l2_normalize(rows['z_i'])).sum(axis=-1).mean()
+
+  key_init, key_run = jax.random.split(jax.random.key(train.seed))
+  state = init_state(diffusion_prior.init(config, key_init), optimizer)
+  state = jax.device_put(state, sharding.replicated(mesh))
+  arrays = jax.device_put(arrays, sharding.replicated(mesh))
+  folder = train.run / 'prior'
+  with Checkpoints(folder / 'checkpoints', keep=1) as checkpoints:
+    if checkpoints.latest_step() is not None:
+      state = checkpoints.restore(state)
+    time_is_up = common.deadline(train.minutes)
+    with RunLog(folder, train.steps, resume_step=int(state.step)) as log:
+      step = int(state.step)
+      while step < train.steps and not time_is_up():
+        state, metrics = updates(state, arrays, key_run)
+        check_finite(metrics, step)
+        step = int(state.step)
+        log.write(step, metrics, num_examples=train.chunk * train.batch_size)
+        if step % train.save_every == 0:
+          checkpoints.save(step, state)
+          cosine = held_out_cosine(state.ema_params, held_out)
+          log.write(step, {'val_cosine': cosine})
+          log.message(f'step {step}: cosine of sampled and true z_i is {float(cosine):.3f}')
+      checkpoints.save(step, state)
+      log.write_curves(['loss'])
+  params = {'network': state.ema_params, 'statistics': statistics._asdict()}
+  common.export_stage(train, 'prior', params)
+
+
+if __name__ == '__main__':
+  main()

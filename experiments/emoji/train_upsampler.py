@@ -1,0 +1,115 @@
+"""Trains an upsampler on crops of emoji; needs no other stage, but pictures as large as its output.
+
+  python -m experiments.emoji.build --size 128 --out data/128px
+  python -m experiments.emoji.train_upsampler --run runs/emoji_small --data data/128px
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.emoji import common
+from unclip_jax import sharding
+from unclip_jax.data.degradations import area_downsample, gaussian_blur
+from unclip_jax.stages import common as stage_common
+from unclip_jax.stages import upsampler
+from unclip_jax.train.log import RunLog
+from unclip_jax.train.state import (
+  OptimizerConfig,
+  check_finite,
+  init_state,
+  make_optimizer,
+  make_train_step,
+)
+from unclip_jax.weights.checkpoint import Checkpoints
+
+NUM_HELD_OUT = 8
+
+
+def main() -> None:
+  train = common.parse_options(
+    __doc__,
+    OptimizerConfig(learning_rate=5e-4, warmup_steps=200),
+    steps=10000,
+    batch_size=64,
+    pool_size=6144,
+  )
+  config = train.config.upsamplers[0]
+  mesh = sharding.make_mesh()
+  scale = config.image_size // config.low_size
+  crop = round(config.image_size * config.crop_fraction)
+  low_crop = crop // scale
+
+  def load(num_examples, splits):
+    """Pictures [n, image_size, image_size, 3] and the same, small, both uint8."""
+    images = common.compose(train, config.image_size, num_examples, splits).images
+    shrink = jax.jit(lambda x: area_downsample(common.to_float(x), scale))
+    small = [common.to_uint8(shrink(images[i : i + 64])) for i in range(0, num_examples, 64)]
+    return {'image': jnp.asarray(images), 'low': jnp.asarray(np.concatenate(small))}
+
+  arrays, held_out = load(train.pool_size, ('train',)), load(NUM_HELD_OUT, ('val_pairs',))
+
+  def loss_fn(params, batch, key):
+    image = common.to_float(batch['image'])
+    low = gaussian_blur(common.to_float(batch['low']), sigma=config.blur_sigma)
+    return upsampler.loss(config, params, image, low, key, train.dtype)
+
+  def make_batch(pool, indices, key):
+    """A random crop of each picture, the same of the large one and of the small one."""
+    corners = jax.random.randint(
+      key, (len(indices), 2), 0, config.low_size - low_crop + 1
+    )
+
+    def cut(index, corner):
+      y, x = corner
+      starts = (index, y * scale, x * scale, 0)
+      image = jax.lax.dynamic_slice(pool['image'], starts, (1, crop, crop, 3))[0]
+      low = jax.lax.dynamic_slice(pool['low'], (index, y, x, 0), (1, low_crop, low_crop, 3))[0]
+      return {'image': image, 'low': low}
+
+    return sharding.constrain_batch(jax.vmap(cut)(indices, corners), mesh)
+
+  optimizer = make_optimizer(train.optimizer, train.steps)
+  train_step = make_train_step(loss_fn, optimizer, train.ema_decay)
+  updates = common.make_updates(train, train_step, make_batch)
+
+  @jax.jit
+  def upsample(params, low):
+    """Held-out small pictures at full size."""
+    sampling = config.sampling
+    plan = stage_common.make_plan(config.diffusion, sampling)
+    sampler = stage_common.make_sampler(sampling.sampler, sampling.variance, sampling.eta)
+    key_b = jax.random.split(jax.random.key(0), NUM_HELD_OUT)
+    return upsampler.sample(config, params, common.to_float(low), key_b, plan, sampler)[0]
+
+  key_init, key_run = jax.random.split(jax.random.key(train.seed))
+  state = init_state(upsampler.init(config, key_init), optimizer)
+  state = jax.device_put(state, sharding.replicated(mesh))
+  arrays = jax.device_put(arrays, sharding.replicated(mesh))
+  folder = train.run / 'upsampler_0'
+  with Checkpoints(folder / 'checkpoints', keep=1) as checkpoints:
+    if checkpoints.latest_step() is not None:
+      state = checkpoints.restore(state)
+    time_is_up = common.deadline(train.minutes)
+    with RunLog(folder, train.steps, resume_step=int(state.step)) as log:
+      step = int(state.step)
+      while step < train.steps and not time_is_up():
+        state, metrics = updates(state, arrays, key_run)
+        check_finite(metrics, step)
+        step = int(state.step)
+        log.write(step, metrics, num_examples=train.chunk * train.batch_size)
+        if step % train.save_every == 0:
+          checkpoints.save(step, state)
+          high = common.to_uint8(upsample(state.ema_params, held_out['low']))
+          smooth = common.to_uint8(
+            upsampler.upscale(common.to_float(held_out['low']), config.image_size)
+          )
+          rows = np.concatenate([smooth, high, np.asarray(held_out['image'])])
+          log.write_image(step, 'bicubic_ours_real', common.grid(rows, NUM_HELD_OUT))
+      checkpoints.save(step, state)
+      log.write_curves(['loss'])
+  common.export_stage(train, 'upsampler_0', state.ema_params)
+
+
+if __name__ == '__main__':
+  main()
