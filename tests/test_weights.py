@@ -68,6 +68,12 @@ def test_file_opens_with_the_reference_reader(saved):
     np.testing.assert_array_equal(file.get_tensor('embed.table'), params['embed']['table'])
 
 
+def test_file_may_be_read_by_whom_the_user_lets(saved):
+  path, _ = saved
+  (path.parent / 'plain').write_text('')
+  assert path.stat().st_mode == (path.parent / 'plain').stat().st_mode
+
+
 def test_same_parameters_give_the_same_bytes(saved, tmp_path):
   path, params = saved
   save_params(tmp_path / 'again.safetensors', params)

@@ -105,6 +105,7 @@ def write_atomically(path: epath.Path, write: Callable[[Path], None]) -> None:
     part = Path(path.parent) / f'.{path.name}.{os.getpid()}.part'
     try:
       write(part)
+      part.chmod(0o666 & ~_umask())  # The safetensors package makes files for their owner alone.
       part.replace(path)
     finally:
       part.unlink(missing_ok=True)
@@ -133,6 +134,12 @@ def _named_leaves(tree: Params) -> dict[str, Any]:
       raise ValueError(f'two parameters would both be stored as {name}: rename one')
     named[name] = leaf
   return named
+
+
+def _umask() -> int:
+  umask = os.umask(0)  # There is no way to read it without setting it.
+  os.umask(umask)
+  return umask
 
 
 def _is_remote(path: epath.Path) -> bool:
