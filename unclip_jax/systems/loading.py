@@ -1,6 +1,8 @@
 """A model folder as configs, parameters and tokenizer, checked against each other."""
 
+import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from unclip_jax.configs import UnclipConfig, from_json
 from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.sharding import Mesh, make_mesh, replicated
 from unclip_jax.stages import clip, decoder, diffusion_prior, upsampler
-from unclip_jax.types import Params, UnclipError
+from unclip_jax.types import Array, Params, UnclipError
 from unclip_jax.weights.folder import MANIFEST_NAME, read_manifest
 from unclip_jax.weights.safetensors import load_params
 
@@ -50,10 +52,9 @@ def expected_params(config: UnclipConfig, dtype: Any = jnp.float32) -> dict[str,
   Floating parameters are of `dtype`; the statistics of the prior are float32 always, as they
   standardise float32 embeddings.
   """
-  key = jax.random.key(0)
 
   def shapes(init: Any, stage_config: Any) -> Params:
-    tree = jax.eval_shape(lambda k: init(stage_config, k), key)
+    tree = _init_shapes(init, stage_config)
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), tree)
 
   row = jax.ShapeDtypeStruct((config.prior.embed_dim,), jnp.float32)
@@ -66,6 +67,12 @@ def expected_params(config: UnclipConfig, dtype: Any = jnp.float32) -> dict[str,
       f'upsampler_{i}': shapes(upsampler.init, stage) for i, stage in enumerate(config.upsamplers)
     },
   }
+
+
+@functools.cache
+def _init_shapes(init: Callable[[Any, Array], Params], stage_config: Any) -> Params:
+  """Traced once a config: it takes as long as all else that opening a model does."""
+  return jax.eval_shape(functools.partial(init, stage_config), jax.random.key(0))
 
 
 def check_config(config: UnclipConfig) -> None:

@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from unclip_jax.configs import UnclipConfig
+from unclip_jax.configs import DecoderConfig, UnclipConfig, UpsamplerConfig
 from unclip_jax.data.tokenizer import Tokens
 from unclip_jax.diffusion.samplers import Trajectory
 from unclip_jax.nn.clip import TextFeatures
@@ -171,22 +171,24 @@ def sample_batch(
   report('clip', 'sampling')
   finished: dict[str, Any] = {'clip': text.z_t}
 
-  prior = None
+  prior, prior_start = None, None
   if z_i is None:
     report('prior', 'preparing')
+    keys = programs.stage_keys(key_b, stage=programs.PRIOR)
+    keys = programs.candidate_keys(keys, num_candidates=request.num_candidates)
+    prior_start = _start(keys, (config.prior.embed_dim,), noise.prior)
     prior = programs.sample_prior(
       params['prior'],
       text,
       null_text,
-      key_b,
+      keys,
       request.prior.plan,
       request.prior.guidance_scale,
       request.prior.eta,
-      noise.prior,
+      prior_start,
       config=config.prior,
       sampler=request.prior.sampler,
       variance=request.prior.variance,
-      num_candidates=request.num_candidates,
       with_trajectory=with_trajectory,
       dtype=dtype,
     )
@@ -194,16 +196,18 @@ def sample_batch(
     z_i = finished['prior'] = prior.x_0
 
   report('decoder', 'preparing')
+  keys = programs.stage_keys(key_b, stage=programs.DECODER)
+  decoder_start = _start(keys, image_shape(config.decoder), noise.decoder)
   decoder = programs.sample_decoder(
     params['decoder'],
     text,
     null_text,
     z_i,
-    key_b,
+    keys,
     request.decoder.plan,
     request.decoder.guidance_scale,
     request.decoder.eta,
-    noise.decoder,
+    decoder_start,
     config=config.decoder,
     sampler=request.decoder.sampler,
     variance=request.decoder.variance,
@@ -213,19 +217,20 @@ def sample_batch(
   report('decoder', 'sampling')
   image = finished['decoder'] = decoder.x_0
 
-  upsampled = []
-  for i, (stage, x_start) in enumerate(zip(request.upsamplers, noise.upsamplers, strict=True)):
+  upsampled, upsampler_starts = [], []
+  for i, stage in enumerate(request.upsamplers):
     name = f'upsampler_{i}'
     report(name, 'preparing')
+    keys = programs.stage_keys(key_b, stage=programs.UPSAMPLER + i)
+    x_start = _start(keys, image_shape(config.upsamplers[i]), noise.upsamplers[i])
     drawn = programs.sample_upsampler(
       params[name],
       image,
-      key_b,
+      keys,
       stage.plan,
       stage.eta,
       x_start,
       config=config.upsamplers[i],
-      number=i,
       sampler=stage.sampler,
       variance=stage.variance,
       with_trajectory=with_trajectory,
@@ -234,12 +239,12 @@ def sample_batch(
     report(name, 'sampling')
     image = finished[name] = drawn.x_0
     upsampled.append(drawn)
+    upsampler_starts.append(x_start)
   images = programs.to_uint8(image)
 
   for name, output in finished.items():
     jax.block_until_ready(output)
     report(name, 'done')
-  prior_noise, prior_trajectory = (None, None) if prior is None else prior[1:]
   samples = Samples(
     images=images,
     prompts=(),
@@ -247,16 +252,21 @@ def sample_batch(
     z_t=text.z_t,
     z_i=z_i,
     stage_images=(decoder.x_0, *(drawn.x_0 for drawn in upsampled)),
-    start_noise=StartNoise(
-      prior_noise, decoder.x_start, tuple(drawn.x_start for drawn in upsampled)
-    ),
+    start_noise=StartNoise(prior_start, decoder_start, tuple(upsampler_starts)),
     trajectories=Trajectories(
-      prior_trajectory, decoder.trajectory, tuple(drawn.trajectory for drawn in upsampled)
+      None if prior is None else prior.trajectory,
+      decoder.trajectory,
+      tuple(drawn.trajectory for drawn in upsampled),
     )
     if with_trajectory
     else None,
   )
   return jax.device_get(samples)._replace(prompts=request.captions)
+
+
+def image_shape(stage: DecoderConfig | UpsamplerConfig) -> tuple[int, int, int]:
+  """The shape of one image of a stage."""
+  return (stage.image_size, stage.image_size, stage.unet.in_channels)
 
 
 def first_rows(samples: Samples, n: int) -> Samples:
@@ -277,6 +287,10 @@ def concatenate(parts: list[Samples]) -> Samples:
   )
   prompts = tuple(prompt for part in parts for prompt in part.prompts)
   return joined._replace(prompts=prompts, trajectories=trajectories)
+
+
+def _start(keys: Array, shape: tuple[int, ...], given: Any) -> Any:
+  return programs.draw_start(keys, shape=shape) if given is None else given
 
 
 def _place(rows: Any, mesh: Mesh | None) -> Any:

@@ -17,8 +17,8 @@ from unclip_jax.nn.clip import TextFeatures
 from unclip_jax.stages import clip, common, decoder, diffusion_prior, upsampler
 from unclip_jax.types import Array, Params, Step
 
-# What a stage folds into an image's key; upsampler i folds _UPSAMPLER + i.
-_PRIOR, _DECODER, _UPSAMPLER = 0, 1, 2
+# What a stage folds into an image's key; upsampler i folds UPSAMPLER + i.
+PRIOR, DECODER, UPSAMPLER = 0, 1, 2
 
 
 class Sampled(NamedTuple):
@@ -26,13 +26,11 @@ class Sampled(NamedTuple):
 
   Attributes:
     x_0: float32 [b, ...], the sample: z_i [b, d], or images [b, h, w, 3] around [-1, 1].
-    x_start: float32 [b, ...], the noise that it began from; of the prior [b, candidates, d].
     trajectory: x_s and x_0 after each step, [n, b, ...], if wanted; of the prior
       [n, b, candidates, d], standardised.
   """
 
   x_0: Array
-  x_start: Array
   trajectory: Trajectory | None
 
 
@@ -44,6 +42,30 @@ def image_keys(seed: Array, index_b: Array) -> Array:
   """
   key = jax.random.key(seed, impl='threefry2x32')
   return jax.vmap(lambda index: jax.random.fold_in(key, index))(index_b)
+
+
+@functools.partial(jax.jit, static_argnames=('stage',))
+def stage_keys(key_b: Array, *, stage: int) -> Array:
+  """The keys [b] of one stage: no two stages of an image draw the same."""
+  return jax.vmap(lambda key: jax.random.fold_in(key, stage))(key_b)
+
+
+@functools.partial(jax.jit, static_argnames=('num_candidates',))
+def candidate_keys(key_b: Array, *, num_candidates: int) -> Array:
+  """The keys [b, num_candidates] of the prior's candidates."""
+  return jax.vmap(
+    lambda key: jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(num_candidates))
+  )(key_b)
+
+
+@functools.partial(jax.jit, static_argnames=('shape',))
+def draw_start(keys: Array, *, shape: tuple[int, ...]) -> Array:
+  """Unit noise [*keys.shape, *shape], each key's own.
+
+  A program of its own, so that those of the stages are the same for noise that is given.
+  """
+  noise = start_noise(keys.reshape(-1), shape)
+  return noise.reshape(*keys.shape, *shape)
 
 
 @functools.partial(jax.jit, static_argnames=('config', 'dtype'))
@@ -66,38 +88,26 @@ def encode_image(params: Params, image_bhwc: Array, *, config: ClipConfig, dtype
 
 
 @functools.partial(
-  jax.jit,
-  static_argnames=(
-    'config', 'sampler', 'variance', 'num_candidates', 'with_trajectory', 'dtype',
-  ),
-)  # fmt: skip
+  jax.jit, static_argnames=('config', 'sampler', 'variance', 'with_trajectory', 'dtype')
+)
 def sample_prior(
   params: Params,
   text: TextFeatures,
   null_text: TextFeatures,
-  key_b: Array,
+  key_bn: Array,
   plan: Step,
   guidance_scale: Array | None,
   eta: Array,
-  x_start: Array | None,
+  x_start_bnd: Array,
   *,
   config: PriorConfig,
   sampler: str,
   variance: str,
-  num_candidates: int,
   with_trajectory: bool,
   dtype: Any,
 ) -> Sampled:
-  """Draws `num_candidates` embeddings a caption and keeps the one nearest to z_t (section 2.2)."""
-  b, n, d = text.z_t.shape[0], num_candidates, config.embed_dim
-
-  def candidate_keys(key: Array) -> Array:
-    key = jax.random.fold_in(key, _PRIOR)
-    return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(n))
-
-  key_bn = jax.vmap(candidate_keys)(key_b).reshape(b * n)
-  if x_start is None:
-    x_start = start_noise(key_bn, (d,)).reshape(b, n, d)
+  """Draws n embeddings [b, n, d] a caption and keeps the one nearest to z_t (section 2.2)."""
+  b, n, d = x_start_bnd.shape
   each = functools.partial(jnp.repeat, repeats=n, axis=0)
   z_i, trajectory = diffusion_prior.sample(
     config,
@@ -105,17 +115,17 @@ def sample_prior(
     diffusion_prior.Statistics(**params['statistics']),
     jax.tree.map(each, text),
     jax.tree.map(each, null_text),
-    key_bn,
+    key_bn.reshape(b * n),
     plan,
     common.make_sampler(sampler, variance, eta),
     guidance_scale,
-    x_start.reshape(b * n, d),
+    x_start_bnd.reshape(b * n, d),
     with_trajectory,
     dtype,
   )
   z_i = diffusion_prior.rerank(z_i.reshape(b, n, d), text.z_t)
   trajectory = jax.tree.map(lambda x: x.reshape(x.shape[0], b, n, d), trajectory)
-  return Sampled(z_i, x_start, trajectory)
+  return Sampled(z_i, trajectory)
 
 
 @functools.partial(
@@ -130,7 +140,7 @@ def sample_decoder(
   plan: Step,
   guidance_scale: Array | None,
   eta: Array,
-  x_start: Array | None,
+  x_start: Array,
   *,
   config: DecoderConfig,
   sampler: str,
@@ -139,10 +149,6 @@ def sample_decoder(
   dtype: Any,
 ) -> Sampled:
   """Draws an image from each z_i and its caption."""
-  key_b = _stage_keys(key_b, _DECODER)
-  if x_start is None:
-    size = config.image_size
-    x_start = start_noise(key_b, (size, size, config.unet.in_channels))
   image, trajectory = decoder.sample(
     config,
     params,
@@ -157,12 +163,11 @@ def sample_decoder(
     with_trajectory,
     dtype,
   )
-  return Sampled(image, x_start, trajectory)
+  return Sampled(image, trajectory)
 
 
 @functools.partial(
-  jax.jit,
-  static_argnames=('config', 'number', 'sampler', 'variance', 'with_trajectory', 'dtype'),
+  jax.jit, static_argnames=('config', 'sampler', 'variance', 'with_trajectory', 'dtype')
 )
 def sample_upsampler(
   params: Params,
@@ -170,20 +175,15 @@ def sample_upsampler(
   key_b: Array,
   plan: Step,
   eta: Array,
-  x_start: Array | None,
+  x_start: Array,
   *,
   config: UpsamplerConfig,
-  number: int,
   sampler: str,
   variance: str,
   with_trajectory: bool,
   dtype: Any,
 ) -> Sampled:
-  """Draws the large images of small ones; `number` is the upsampler's place, from 0."""
-  key_b = _stage_keys(key_b, _UPSAMPLER + number)
-  if x_start is None:
-    size = config.image_size
-    x_start = start_noise(key_b, (size, size, config.unet.in_channels))
+  """Draws the large images of small ones."""
   image, trajectory = upsampler.sample(
     config,
     params,
@@ -195,14 +195,10 @@ def sample_upsampler(
     with_trajectory,
     dtype,
   )
-  return Sampled(image, x_start, trajectory)
+  return Sampled(image, trajectory)
 
 
 @jax.jit
 def to_uint8(image: Array) -> Array:
   """Images in [-1, 1], clipped, as uint8."""
   return jnp.round((jnp.clip(image, -1, 1) + 1) * 127.5).astype(jnp.uint8)
-
-
-def _stage_keys(key_b: Array, stage: int) -> Array:
-  return jax.vmap(lambda key: jax.random.fold_in(key, stage))(key_b)

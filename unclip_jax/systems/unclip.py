@@ -260,15 +260,11 @@ class Unclip:
     """The caller's noise, checked; what is for stages that do not run is dropped."""
     config = self.config
     ups = (*noise.upsamplers, *[None] * num_upsamplers)[:num_upsamplers]
-
-    def shape(stage: Any) -> tuple[int, ...]:
-      return (stage.image_size, stage.image_size, stage.unet.in_channels)
-
     return StartNoise(
       _given('start_noise.prior', noise.prior, n, (num_candidates, config.prior.embed_dim)),
-      _given('start_noise.decoder', noise.decoder, n, shape(config.decoder)),
+      _given('start_noise.decoder', noise.decoder, n, pipeline.image_shape(config.decoder)),
       tuple(
-        _given(f'start_noise.upsamplers[{i}]', x, n, shape(config.upsamplers[i]))
+        _given(f'start_noise.upsamplers[{i}]', x, n, pipeline.image_shape(config.upsamplers[i]))
         for i, x in enumerate(ups)
       ),
     )

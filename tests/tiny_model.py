@@ -1,0 +1,72 @@
+"""A model folder of the tiny preset with random weights, for the tests of what opens models."""
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from unclip_jax.configs import UnclipConfig, override, to_json
+from unclip_jax.data.tokenizer import Tokenizer
+from unclip_jax.presets import preset
+from unclip_jax.systems.loading import expected_params
+from unclip_jax.systems.unclip import Unclip, load
+from unclip_jax.types import Params
+from unclip_jax.weights.folder import write_model
+
+TEXTS = ('a red apple, flat style', 'a rocket on a blue background', 'two cats beside a tree')
+
+# Networks that predict v keep the pixels of random weights in the middle of their range, where
+# tests can see what changes.
+CONFIG: UnclipConfig = override(
+  preset('tiny'),
+  [
+    'clip.text.depth=1',
+    'clip.vision.depth=1',
+    'decoder.diffusion.prediction=v',
+    'upsamplers.0.diffusion.prediction=v',
+  ],
+)
+
+
+@functools.cache
+def make_params() -> dict[str, Params]:
+  """Random parameters, none of them zero."""
+  draw = np.random.default_rng(0)
+
+  def fill(path, leaf):
+    name = path[-1].key
+    spread = 1.5 * np.prod(leaf.shape[:-1]) ** -0.5 if name == 'kernel' else 0.3
+    mean = 1.0 if name == 'scale' else 0.0
+    return (mean + spread * draw.normal(size=leaf.shape)).astype(np.float32)
+
+  params = jax.tree_util.tree_map_with_path(fill, expected_params(CONFIG))
+  # Embeddings of unit norm.
+  d = CONFIG.prior.embed_dim
+  params['prior']['statistics'] = {
+    'mean': draw.normal(0, 0.1, d).astype(np.float32),
+    'std': draw.uniform(0.1, 0.3, d).astype(np.float32),
+  }
+  return params
+
+
+def write_tiny_model(folder: Path) -> Path:
+  """Writes the model and returns its folder."""
+  folder.mkdir(parents=True, exist_ok=True)
+  text = CONFIG.clip.text
+  tokenizer = Tokenizer.train(TEXTS * 3, text.vocab_size, text.context_length)
+  tokenizer.save(folder / 'tokenizer.json')
+  write_model(folder, to_json(CONFIG), make_params(), folder / 'tokenizer.json')
+  return folder
+
+
+def without(model: Unclip, stage: str) -> Unclip:
+  """The model without the parameters of a stage."""
+  params = {name: value for name, value in model.params.items() if name != stage}
+  return dataclasses.replace(model, params=params)
+
+
+def load_tiny(folder: Path, **options) -> Unclip:
+  """Writes and opens the model."""
+  return load(write_tiny_model(folder), **options)
