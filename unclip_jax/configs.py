@@ -185,9 +185,7 @@ def from_json(cls: type, values: Any, where: str = 'config') -> Any:
   fields = {f.name: f for f in dataclasses.fields(cls)}
   if unknown := sorted(set(values) - set(fields)):
     raise UnclipError(f'{where}: unknown field {unknown[0]!r} (it has: {", ".join(fields)})')
-  required = {
-    n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING
-  }
+  required = {n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING}
   if missing := sorted(required - set(values)):
     raise UnclipError(f'{where}: field {missing[0]!r} is missing')
   hints = typing.get_type_hints(cls)

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -69,15 +70,15 @@ class TrainConfig:
 
 
 def parse_options(
+  argv: list[str] | None,
   description: str,
   optimizer: OptimizerConfig,
   steps: int,
   batch_size: int,
   ema_decay: float = 0.999,
   pool_size: int = 65536,
-  argv: list[str] | None = None,
 ) -> TrainConfig:
-  """The options of a training script, whose defaults are the arguments."""
+  """The options of a training script (of the process if argv is None); defaults as given."""
   on_accelerator = jax.default_backend() != 'cpu'
   parser = argparse.ArgumentParser(
     description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -131,6 +132,19 @@ def parse_options(
   )
 
 
+def save_options(train: TrainConfig, folder: Path) -> None:
+  """Writes what a stage is trained with to `options.json` in its folder."""
+  options = {
+    name: value if isinstance(value, int | float | None) else str(value)
+    for name, value in vars(train).items()
+    if name not in ('config', 'optimizer', 'styles', 'groups')
+  }
+  options |= {'styles': train.styles, 'groups': train.groups}
+  options |= {'config': configs.to_json(train.config), 'optimizer': vars(train.optimizer)}
+  folder.mkdir(parents=True, exist_ok=True)
+  (folder / 'options.json').write_text(json.dumps(options, indent=2) + '\n')
+
+
 def make_updates(
   train: TrainConfig, train_step: TrainStep, make_batch: Callable[[Any, Array, Array], Any] = gather
 ) -> TrainStep:
@@ -140,7 +154,9 @@ def make_updates(
   convolutions inside of a loop tens of times slower than outside of one.
   """
   on_cpu = jax.default_backend() == 'cpu'
-  multi_step = make_multi_step(train_step, 1 if on_cpu else train.chunk, train.batch_size, make_batch)
+  multi_step = make_multi_step(
+    train_step, 1 if on_cpu else train.chunk, train.batch_size, make_batch
+  )
   program = jax.jit(multi_step, donate_argnums=0)
 
   def updates(state: TrainState, pool: Any, key: Array) -> tuple[TrainState, Metrics]:
@@ -179,14 +195,6 @@ def to_uint8(image: Array) -> np.ndarray:
   return np.asarray(jnp.round((jnp.clip(image, -1, 1) + 1) * 127.5)).astype(np.uint8)
 
 
-def grid(images: np.ndarray, columns: int) -> np.ndarray:
-  """uint8 [n, h, w, 3] -> one picture, row by row; what does not fill a row is left out."""
-  rows = len(images) // columns
-  _, h, w, c = images.shape
-  tiles = images[: rows * columns].reshape(rows, columns, h, w, c)
-  return tiles.transpose(0, 2, 1, 3, 4).reshape(rows * h, columns * w, c)
-
-
 def encode_pool(
   train: TrainConfig, tokenizer: Tokenizer, captions: list[str], images: np.ndarray | None
 ) -> dict[str, Array]:
@@ -214,8 +222,9 @@ def encode_pool(
   for start in range(0, n, b):
     rows = np.minimum(np.arange(start, start + b), n - 1)
     part = encode(params, result['ids'][rows], result['mask'][rows], images[rows])
-    parts.append(jax.tree.map(lambda a, keep=min(b, n - start): np.asarray(a[:keep]), part))
-  features = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    parts.append(jax.device_get(part))
+  # The last part was filled up to the one shape that is compiled.
+  features = {name: np.concatenate([part[name] for part in parts])[:n] for name in parts[0]}
   return {**result, **jax.tree.map(jnp.asarray, features)}
 
 
@@ -223,9 +232,7 @@ def text_features(rows: dict[str, Array]) -> TextFeatures:
   """A batch's `encode_pool` rows as the features that the stages take."""
   states = rows.get('states')
   states = None if states is None else states.astype(jnp.float32)
-  return TextFeatures(
-    rows['ids'], rows['mask'], states, rows.get('z_t')
-  )
+  return TextFeatures(rows['ids'], rows['mask'], states, rows.get('z_t'))
 
 
 def null_text(train: TrainConfig, tokenizer: Tokenizer) -> TextFeatures:

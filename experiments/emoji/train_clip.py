@@ -1,6 +1,6 @@
 """Trains CLIP on captioned emoji, the first stage: the others see its embeddings.
 
-  python -m experiments.emoji.train_clip --run runs/emoji_small
+python -m experiments.emoji.train_clip --run runs/emoji_small
 """
 
 import jax
@@ -25,8 +25,9 @@ from unclip_jax.weights.checkpoint import Checkpoints
 NUM_RETRIEVAL = 200
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
   train = common.parse_options(
+    argv,
     __doc__,
     OptimizerConfig(learning_rate=1e-3, weight_decay=0.1, warmup_steps=100, b2=0.98),
     steps=2000,
@@ -69,6 +70,7 @@ def main() -> None:
   arrays = jax.device_put(arrays, sharding.replicated(mesh))
   tokens = tokenizer.encode(captions)
   folder = train.run / 'clip'
+  common.save_options(train, folder)
   with Checkpoints(folder / 'checkpoints', keep=1) as checkpoints:
     if checkpoints.latest_step() is not None:
       state = checkpoints.restore(state)

@@ -1,6 +1,6 @@
 """Trains the decoder on captioned emoji; needs the run's CLIP.
 
-  python -m experiments.emoji.train_decoder --run runs/emoji_small
+python -m experiments.emoji.train_decoder --run runs/emoji_small
 """
 
 import jax
@@ -10,6 +10,7 @@ import numpy as np
 from experiments.emoji import common
 from unclip_jax import sharding
 from unclip_jax.data.tokenizer import Tokenizer
+from unclip_jax.images import make_grid
 from unclip_jax.stages import common as stage_common
 from unclip_jax.stages import decoder
 from unclip_jax.train.log import RunLog
@@ -26,8 +27,9 @@ from unclip_jax.weights.checkpoint import Checkpoints
 NUM_HELD_OUT = 32
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
   train = common.parse_options(
+    argv,
     __doc__,
     OptimizerConfig(learning_rate=4e-4, warmup_steps=500),
     steps=20000,
@@ -42,8 +44,10 @@ def main() -> None:
     """Pictures at the decoder's size with their captions and CLIP's view of them."""
     pool = common.compose(train, config.image_size, num_examples, splits)
     clip_size = train.config.clip.vision.image_size
-    seen = pool if clip_size == config.image_size else common.compose(
-      train, clip_size, num_examples, splits
+    seen = (
+      pool
+      if clip_size == config.image_size
+      else common.compose(train, clip_size, num_examples, splits)
     )
     rows = common.encode_pool(train, tokenizer, pool.captions, seen.images)
     if config.text is not None:  # it reads the tokens, not CLIP's states
@@ -57,9 +61,7 @@ def main() -> None:
 
   def loss_fn(params, batch, key):
     image, text = common.to_float(batch['image']), common.text_features(batch)
-    return decoder.loss(
-      config, params, image, batch['z_i'], text, null_text, key, train.dtype
-    )
+    return decoder.loss(config, params, image, batch['z_i'], text, null_text, key, train.dtype)
 
   def make_batch(pool, indices, key):
     return sharding.constrain_batch(gather(pool, indices, key), mesh)
@@ -78,15 +80,14 @@ def main() -> None:
     uncond = jax.tree.map(lambda a: jnp.broadcast_to(a, (NUM_HELD_OUT, *a.shape[1:])), null_text)
     key_b = jax.random.split(jax.random.key(0), NUM_HELD_OUT)
     scale = jnp.float32(sampling.guidance_scale)
-    return decoder.sample(
-      config, params, text, uncond, rows['z_i'], key_b, plan, sampler, scale
-    )[0]
+    return decoder.sample(config, params, text, uncond, rows['z_i'], key_b, plan, sampler, scale)[0]
 
   key_init, key_run = jax.random.split(jax.random.key(train.seed))
   state = init_state(decoder.init(config, key_init), optimizer)
   state = jax.device_put(state, sharding.replicated(mesh))
   arrays = jax.device_put(arrays, sharding.replicated(mesh))
   folder = train.run / 'decoder'
+  common.save_options(train, folder)
   with Checkpoints(folder / 'checkpoints', keep=1) as checkpoints:
     if checkpoints.latest_step() is not None:
       state = checkpoints.restore(state)
@@ -102,7 +103,7 @@ def main() -> None:
           checkpoints.save(step, state)
           images = common.to_uint8(reconstruct(state.ema_params, held_out))
           pairs = np.stack([held_out['image'], images], axis=1).reshape(-1, *images.shape[1:])
-          log.write_image(step, 'real_and_decoded', common.grid(pairs, 16))
+          log.write_image(step, 'real_and_decoded', make_grid(pairs, 16))
       checkpoints.save(step, state)
       log.write_curves(['loss', 'mse'])
   common.export_stage(train, 'decoder', state.ema_params)

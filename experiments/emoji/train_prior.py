@@ -1,6 +1,6 @@
 """Trains the diffusion prior on captioned emoji; needs the run's CLIP.
 
-  python -m experiments.emoji.train_prior --run runs/emoji_small
+python -m experiments.emoji.train_prior --run runs/emoji_small
 """
 
 import jax
@@ -25,9 +25,10 @@ from unclip_jax.weights.checkpoint import Checkpoints
 NUM_HELD_OUT = 256
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
   # Weight decay, beta2 and eps of Table 3; the learning rate is for a net a thousandth as large.
   train = common.parse_options(
+    argv,
     __doc__,
     OptimizerConfig(learning_rate=5e-4, weight_decay=6e-2, b2=0.96, eps=1e-6, warmup_steps=200),
     steps=6000,
@@ -73,6 +74,7 @@ def main() -> None:
   state = jax.device_put(state, sharding.replicated(mesh))
   arrays = jax.device_put(arrays, sharding.replicated(mesh))
   folder = train.run / 'prior'
+  common.save_options(train, folder)
   with Checkpoints(folder / 'checkpoints', keep=1) as checkpoints:
     if checkpoints.latest_step() is not None:
       state = checkpoints.restore(state)

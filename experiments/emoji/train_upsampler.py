@@ -1,7 +1,7 @@
 """Trains an upsampler on crops of emoji; needs no other stage, but pictures as large as its output.
 
-  python -m experiments.emoji.build --size 128 --out data/128px
-  python -m experiments.emoji.train_upsampler --run runs/emoji_small --data data/128px
+python -m experiments.emoji.build --size 128 --out data/128px
+python -m experiments.emoji.train_upsampler --run runs/emoji_small --data data/128px
 """
 
 import jax
@@ -11,6 +11,7 @@ import numpy as np
 from experiments.emoji import common
 from unclip_jax import sharding
 from unclip_jax.data.degradations import area_downsample, gaussian_blur
+from unclip_jax.images import make_grid
 from unclip_jax.stages import common as stage_common
 from unclip_jax.stages import upsampler
 from unclip_jax.train.log import RunLog
@@ -26,8 +27,9 @@ from unclip_jax.weights.checkpoint import Checkpoints
 NUM_HELD_OUT = 8
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
   train = common.parse_options(
+    argv,
     __doc__,
     OptimizerConfig(learning_rate=5e-4, warmup_steps=200),
     steps=10000,
@@ -56,9 +58,7 @@ def main() -> None:
 
   def make_batch(pool, indices, key):
     """A random crop of each picture, the same of the large one and of the small one."""
-    corners = jax.random.randint(
-      key, (len(indices), 2), 0, config.low_size - low_crop + 1
-    )
+    corners = jax.random.randint(key, (len(indices), 2), 0, config.low_size - low_crop + 1)
 
     def cut(index, corner):
       y, x = corner
@@ -87,6 +87,7 @@ def main() -> None:
   state = jax.device_put(state, sharding.replicated(mesh))
   arrays = jax.device_put(arrays, sharding.replicated(mesh))
   folder = train.run / 'upsampler_0'
+  common.save_options(train, folder)
   with Checkpoints(folder / 'checkpoints', keep=1) as checkpoints:
     if checkpoints.latest_step() is not None:
       state = checkpoints.restore(state)
@@ -105,7 +106,7 @@ def main() -> None:
             upsampler.upscale(common.to_float(held_out['low']), config.image_size)
           )
           rows = np.concatenate([smooth, high, np.asarray(held_out['image'])])
-          log.write_image(step, 'bicubic_ours_real', common.grid(rows, NUM_HELD_OUT))
+          log.write_image(step, 'bicubic_ours_real', make_grid(rows, NUM_HELD_OUT))
       checkpoints.save(step, state)
       log.write_curves(['loss'])
   common.export_stage(train, 'upsampler_0', state.ema_params)

@@ -104,10 +104,11 @@ class ClipNetwork(nn.Module):
     pooled = jnp.take_along_axis(states, end[:, None, None], axis=1)[:, 0]
     return TextFeatures(ids_bt, mask_bt, states, self._finish(self.text_projection(pooled)))
 
-  def __call__(self, image_bhwc: Array, ids_bt: Array, mask_bt: Array) -> tuple[Array, Array, Array]:
+  def __call__(
+    self, image_bhwc: Array, ids_bt: Array, mask_bt: Array
+  ) -> tuple[Array, Array, Array]:
     """z_i [b, d], z_t [b, d] and the logarithm of the logits' scale."""
     return self.encode_image(image_bhwc), self.encode_text(ids_bt, mask_bt).z_t, self.log_scale
 
   def _finish(self, z: Array) -> Array:
     return l2_normalize(z) if self.config.unit_norm else z.astype(jnp.float32)
-

@@ -74,9 +74,7 @@ class DecoderNetwork(nn.Module):
     dense = lambda width: nn.Dense(width, dtype=self.dtype)  # noqa: E731
     self.null_z_i = self.param('null_z_i', zeros, (config.embed_dim,))
     self.z_i_to_emb = dense(emb_dim)
-    self.z_i_to_tokens = nn.DenseGeneral(
-      (config.num_image_tokens, context_dim), dtype=self.dtype
-    )
+    self.z_i_to_tokens = nn.DenseGeneral((config.num_image_tokens, context_dim), dtype=self.dtype)
     self.text_to_emb = dense(emb_dim)
     if config.text is not None:
       self.text_encoder = TextEncoder(config.text, self.dtype)
@@ -87,9 +85,7 @@ class DecoderNetwork(nn.Module):
       self.context_norm = LayerNorm(dtype=self.dtype)
     self.unet = UNet(config.unet, self.dtype)
 
-  def encode_conditioning(
-    self, text: TextFeatures, z_i: Array, has_z_i: Array
-  ) -> Conditioning:
+  def encode_conditioning(self, text: TextFeatures, z_i: Array, has_z_i: Array) -> Conditioning:
     """Everything about a prompt that no denoising step changes.
 
     Args:

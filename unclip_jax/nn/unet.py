@@ -129,7 +129,9 @@ class UNet(nn.Module):
 
   def encode_condition(self, image_bhwc: Array) -> Array:
     """An upsampler's low-resolution image, already at full size -> its share of the first conv."""
-    return self.conv_condition(space_to_depth(image_bhwc, self.config.patch_size).astype(self.dtype))
+    return self.conv_condition(
+      space_to_depth(image_bhwc, self.config.patch_size).astype(self.dtype)
+    )
 
   def __call__(
     self,

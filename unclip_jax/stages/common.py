@@ -42,9 +42,7 @@ def make_plan(diffusion: DiffusionConfig, sampling: SamplingConfig) -> Step:
       if n == len(fast27 := schedule.fast27_timesteps(total)):
         timesteps = fast27
     case _:
-      raise UnclipError(
-        f'there is no spacing {sampling.spacing!r}: take strided, karlo or fast27'
-      )
+      raise UnclipError(f'there is no spacing {sampling.spacing!r}: take strided, karlo or fast27')
   return schedule.make_plan(make_schedule(diffusion), timesteps)
 
 

@@ -81,6 +81,7 @@ def loss(
     diffusion.prediction,
     diffusion.learned_variance,
     diffusion.min_snr_gamma,
+    vlb_weight=0.001 * diffusion.num_steps,
   )
   return loss_b.mean(), jax.tree.map(jnp.mean, metrics)
 

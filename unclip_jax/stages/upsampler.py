@@ -29,8 +29,7 @@ def init(config: UpsamplerConfig, key: Array) -> Params:
   keys = jax.random.split(key, len(names))
   network = UNet(config.unet)
   return {
-    name: network.init(k, image, method=run)['params']
-    for name, k in zip(names, keys, strict=True)
+    name: network.init(k, image, method=run)['params'] for name, k in zip(names, keys, strict=True)
   }
 
 
@@ -84,6 +83,7 @@ def loss(
       diffusion.prediction,
       diffusion.learned_variance,
       diffusion.min_snr_gamma,
+      vlb_weight=0.001 * diffusion.num_steps,
     )
     total = total + loss_b.mean()
   return total, jax.tree.map(jnp.mean, metrics)

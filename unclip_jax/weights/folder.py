@@ -59,7 +59,7 @@ def write_model(
     config_json: what JSON can hold.
     params: stage name -> its parameters.
     tokenizer_file: copied.
-    dtype: what floating arrays are cast to; None keeps theirs.
+    dtype: what floating arrays are cast to, see `save_params`; None keeps theirs.
     written_by: program and version.
     keep: names of stages whose files are there already and stay part of the model.
 

@@ -29,7 +29,8 @@ def save_params(path: os.PathLike[str] | str, params: Params, dtype: Any = None)
   Args:
     path: the file; `gs://` and the like work.
     params: nested dicts of arrays.
-    dtype: what floating arrays are cast to, bfloat16 for instance; None keeps theirs.
+    dtype: what floating arrays of two or more axes are cast to, bfloat16 for instance; None keeps
+      theirs. Biases, norms and statistics, vectors, always do: they are small and delicate.
 
   Raises:
     UnclipError: an array holds a NaN or an infinity, or the file cannot be written.
@@ -38,7 +39,7 @@ def save_params(path: os.PathLike[str] | str, params: Params, dtype: Any = None)
   tensors = {}
   for name, leaf in _named_leaves(params).items():
     array = np.ascontiguousarray(jax.device_get(leaf)).reshape(leaf.shape)
-    if dtype is not None and jnp.issubdtype(array.dtype, jnp.floating):
+    if dtype is not None and array.ndim > 1 and jnp.issubdtype(array.dtype, jnp.floating):
       array = array.astype(jnp.dtype(dtype))
     if not np.isfinite(array).all():
       raise UnclipError(
