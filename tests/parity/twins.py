@@ -119,7 +119,7 @@ class Source:
 def check_each_tensor_matters(
   tensors: Tensors, run: Callable[[Tensors], Any], expected: Any, tolerance: float
 ) -> None:
-  """A change of any one source tensor, of its own size, takes our outputs ten times the tolerance away."""
+  """A change of any one source tensor, of its own size, is felt: ten times the tolerance."""
   rng = np.random.default_rng(0)
   for name, value in tensors.items():
     changed = value + np.abs(value).mean() * rng.normal(size=value.shape).astype('f')
