@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from flax.errors import FlaxError
 
 from unclip_jax.configs import UnclipConfig, from_json
 from unclip_jax.data.tokenizer import Tokenizer
@@ -143,7 +144,7 @@ def load_parts(
   mesh = None if num_devices == 1 else make_mesh(num_devices)
   try:
     expected = expected_params(config, dtype)
-  except (ValueError, TypeError, ZeroDivisionError) as error:
+  except (ArithmeticError, TypeError, ValueError, FlaxError) as error:
     first = (str(error).splitlines() or [type(error).__name__])[0]
     raise UnclipError(
       f'{folder / MANIFEST_NAME}: no network can be built from this config ({first})'

@@ -1,0 +1,213 @@
+"""The command line, as people see it: files, what is in them, and what is said."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+from tiny_model import TEXTS, write_tiny_model
+
+import unclip_jax
+from unclip_jax.cli import main
+from unclip_jax.display import StageDisplay
+from unclip_jax.images import make_grid, read_text, save_png, slugs
+from unclip_jax.systems.pipeline import Progress
+
+ROOT = Path(__file__).parent.parent
+APPLE, ROCKET, _ = TEXTS
+
+
+@pytest.fixture(scope='module')
+def model(tmp_path_factory):
+  return write_tiny_model(tmp_path_factory.mktemp('model'))
+
+
+@pytest.fixture(autouse=True)
+def _leave_the_cache_as_it_is():
+  enabled = jax.config.jax_enable_compilation_cache
+  yield
+  jax.config.update('jax_enable_compilation_cache', enabled)
+
+
+def run(*args: object) -> int:
+  """The exit status of a command, in this process, so that nothing compiles twice."""
+  try:
+    main([str(arg) for arg in args])
+  except SystemExit as stop:
+    return stop.code or 0
+  return 0
+
+
+def generate(model: Path, out: Path, *args: object) -> int:
+  return run('generate', '--model', model, '--out', out, '--no-cache', *args)
+
+
+def pixels(path: Path) -> np.ndarray:
+  with Image.open(path) as picture:
+    return np.asarray(picture)
+
+
+def test_pictures_are_named_described_and_gathered_in_a_grid(model, tmp_path, capsys):
+  out = tmp_path / 'new' / 'out'
+  assert generate(model, out, APPLE, ROCKET, '--num-images', 2, '--seed', 7) == 0
+  names = [
+    'a-red-apple-flat-style-00.png',
+    'a-red-apple-flat-style-01.png',
+    'a-rocket-on-a-blue-background-00.png',
+    'a-rocket-on-a-blue-background-01.png',
+    'grid.png',
+  ]
+  shown = capsys.readouterr()
+  assert shown.out.split() == [str(out / name) for name in names]
+  assert sorted(path.name for path in out.iterdir()) == names
+  for stage in ('clip', 'prior', 'decoder', 'upsampler 0'):
+    assert f'{stage}: compiling' in shown.err
+    assert f'{stage}: done' in shown.err
+  images = unclip_jax.load(model).generate([APPLE, ROCKET], 7, 2)
+  for name, image in zip(names, images, strict=False):
+    np.testing.assert_array_equal(pixels(out / name), image)
+  grid = pixels(out / 'grid.png')
+  np.testing.assert_array_equal(grid[4:36, 40:72], images[1])
+  np.testing.assert_array_equal(grid[40:72, 4:36], images[2])
+
+  text = read_text(out / names[3])
+  assert text['prompt'] == ROCKET
+  assert (text['seed'], text['index']) == ('7', '1')
+  assert text['Software'].startswith(f'unclip_jax {unclip_jax.__version__}, jax {jax.__version__}')
+  settings = json.loads(text['settings'])
+  assert settings['decoder'] == {
+    'num_steps': 4,
+    'sampler': 'ddpm',
+    'spacing': 'strided',
+    'variance': 'learned',
+    'guidance_scale': 2.0,
+  }
+  assert settings['size'] == 32
+  assert read_text(out / 'grid.png')['prompt'] == f'{APPLE}\n{ROCKET}'
+
+
+def test_settings_reach_the_stages_and_the_files(model, tmp_path):
+  options = (
+    *('--prior-steps', 2, '--prior-sampler', 'ddim', '--prior-guidance', 1.5, '--prior-eta', 0.5),
+    *('--prior-candidates', 3, '--decoder-steps', 3, '--decoder-sampler', 'ddim'),
+    *('--decoder-guidance', 3, '--decoder-eta', 0.25, '--negative-prompt', ROCKET, '--size', 16),
+    *('--first-image', 5, '--batch-size', 1),
+  )
+  assert generate(model, tmp_path, APPLE, *options) == 0
+  (path,) = tmp_path.glob('*-05.png')
+  settings = json.loads(read_text(path)['settings'])
+  strided = {'sampler': 'ddim', 'spacing': 'strided'}
+  assert settings['prior'] == {'num_steps': 2, 'eta': 0.5, 'guidance_scale': 1.5, **strided}
+  assert settings['decoder'] == {'num_steps': 3, 'eta': 0.25, 'guidance_scale': 3.0, **strided}
+  assert settings['candidates'] == 3
+  assert settings['negative_prompt'] == ROCKET
+  assert settings['upsamplers'] == []
+  expected = unclip_jax.load(model).sample(
+    APPLE,
+    first_image=5,
+    negative_prompt=ROCKET,
+    prior=unclip_jax.Sampling(2, 'ddim', 1.5, 0.5),
+    decoder=unclip_jax.Sampling(3, 'ddim', 3, 0.25),
+    num_candidates=3,
+    size=16,
+    batch_size=1,
+  )
+  np.testing.assert_array_equal(pixels(path), expected.images[0])
+
+
+def test_the_same_command_writes_the_same_bytes_and_keeps_its_programs(model, tmp_path):
+  env = os.environ | {'PYTHONPATH': str(ROOT), 'XDG_CACHE_HOME': str(tmp_path / 'cache')}
+  env.pop('JAX_COMPILATION_CACHE_DIR', None)
+  code = 'from unclip_jax.cli import main; main()'
+  for out in ('first', 'second'):
+    command = [sys.executable, '-c', code, 'generate', APPLE, '--size', '16', '--seed', '3']
+    command += ['--model', str(model), '--out', out]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    kept = {path.name for path in (tmp_path / 'cache' / 'unclip_jax').glob('*-cache')}
+    if out == 'first':
+      before = kept
+  assert len(before) >= 3
+  assert kept == before, 'the second time compiled something'
+  first, second = (sorted((tmp_path / name).iterdir()) for name in ('first', 'second'))
+  assert [path.name for path in first] == ['a-red-apple-flat-style-00.png', 'grid.png']
+  for one, other in zip(first, second, strict=True):
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_info_describes_the_model(model, capsys):
+  assert run('info', '--model', model) == 0
+  shown = capsys.readouterr().out
+  loaded = unclip_jax.load(model)
+  total = sum(leaf.size for leaf in jax.tree.leaves(loaded.params))
+  assert f'{total:,}' in shown
+  for part in ('clip', 'prior', 'decoder', 'upsampler 0', '16, 32 px', jax.__version__, 'MiB'):
+    assert part in shown
+  assert f'{len(jax.devices())} × {jax.devices()[0].device_kind}' in shown
+
+
+@pytest.mark.parametrize('command', [['--help'], ['generate', '--help'], ['info', '--help'], []])
+def test_help_is_given(command, capsys):
+  assert run(*command) in (0, 2)
+  shown = capsys.readouterr().out
+  assert 'Usage: unclip-jax' in shown
+  if 'generate' in command:
+    for option in ('--num-images', '--prior-guidance', '--decoder-eta', '--upsampler-steps'):
+      assert option in shown
+
+
+def test_version_is_given(capsys):
+  assert run('--version') == 0
+  assert capsys.readouterr().out == f'unclip-jax {unclip_jax.__version__}\n'
+
+
+def test_help_does_not_wait_for_jax():
+  code = (
+    'import sys\nfrom unclip_jax.cli import main\n'
+    "try:\n  main(['generate', '--help'])\nexcept SystemExit:\n  assert 'jax' not in sys.modules"
+  )
+  env = os.environ | {'PYTHONPATH': str(ROOT)}
+  subprocess.run([sys.executable, '-c', code], env=env, check=True, capture_output=True)
+
+
+def test_a_terminal_shows_a_line_for_each_stage(capsys):
+  console = Console(force_terminal=True, width=80, color_system=None)
+  with StageDisplay(console, ['prior', 'upsampler_0']) as display:
+    for batch in (0, 1):
+      for stage in ('prior', 'upsampler_0'):
+        for status in ('preparing', 'sampling', 'done'):
+          display(Progress(stage, status, batch, 2))
+  *_, prior, upsampler = [line for line in capsys.readouterr().out.splitlines() if '✓' in line]
+  assert 'prior' in prior
+  assert 'upsampler 0' in upsampler
+  assert 'done' in prior
+  assert 'done' in upsampler
+
+
+def test_names_made_of_prompts():
+  prompts = ['A red  apple, flat style!', 'a red apple: flat style', 'Ein Äpfelchen', '??', '../x']
+  assert slugs(prompts) == [
+    'a-red-apple-flat-style',
+    'a-red-apple-flat-style-2',
+    'ein-äpfelchen',
+    'image',
+    'x',
+  ]
+  assert len(slugs(['赤い' * 200])[0].encode()) <= 80
+
+
+def test_a_grid_with_an_unfinished_row_and_text_beyond_latin(tmp_path):
+  images = np.arange(3, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 3, 3), np.uint8)
+  grid = make_grid(images, 2)
+  assert grid.shape == (16, 18, 3)
+  assert (grid[4:6, 11:14] == 1).all()
+  assert (grid[10:12, 4:7] == 2).all()
+  assert (grid[10:12, 11:14] == 255).all()
+  save_png(tmp_path / 'a.png', grid, {'prompt': 'りんご 🍎', 'note': 'plain'})
+  assert read_text(tmp_path / 'a.png') == {'prompt': 'りんご 🍎', 'note': 'plain'}
