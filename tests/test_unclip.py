@@ -14,7 +14,7 @@ import pytest
 from tiny_model import CONFIG, TEXTS, load_tiny, make_params, without, write_tiny_model
 
 import unclip_jax
-from unclip_jax import Sampling, StartNoise
+from unclip_jax import Sampling, StartNoise, UnclipError
 from unclip_jax.diffusion import samplers
 from unclip_jax.stages import clip, common, decoder, diffusion_prior, upsampler
 
@@ -278,6 +278,13 @@ def test_bfloat16_stays_near_float32(tmp_path, four):
   exact = np.asarray(load_tiny(tmp_path).encode_text(TEXTS))
   assert ((z_t * exact).sum(axis=1) > 0.999).all()
   assert z_t.dtype == np.float32
+
+
+def test_a_nan_on_the_way_names_its_stage(model):
+  network = dict(model.params['decoder'], null_z_i=np.full(16, np.nan, np.float32))
+  broken = dataclasses.replace(model, params={**model.params, 'decoder': network})
+  with pytest.raises(UnclipError, match='the decoder made a NaN'):
+    broken.generate([APPLE, ROCKET], 7, 2, size=16)
 
 
 def test_the_folder_of_a_training_run_is_a_model(tmp_path, four):

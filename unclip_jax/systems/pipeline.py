@@ -13,7 +13,7 @@ from unclip_jax.nn.clip import TextFeatures
 from unclip_jax.sharding import DATA_AXIS, Mesh, place_batch
 from unclip_jax.systems import programs
 from unclip_jax.systems.settings import StageSettings
-from unclip_jax.types import Array, Params
+from unclip_jax.types import Array, Params, UnclipError
 
 
 class StartNoise(NamedTuple):
@@ -153,6 +153,9 @@ def sample_batch(
     dtype: of the networks.
     mesh: the devices that b is spread over, a multiple of their number; None for the default one.
     report: told of each stage, before it is handed over, after that, and once it has run.
+
+  Raises:
+    UnclipError: a stage made a NaN; names it.
   """
   request_arrays = (request.tokens, request.null_tokens, request.indices, request.z_t, request.z_i)
   tokens, null_tokens, indices, z_t, z_i = _place(request_arrays, mesh)
@@ -261,7 +264,9 @@ def sample_batch(
     if with_trajectory
     else None,
   )
-  return jax.device_get(samples)._replace(prompts=request.captions)
+  samples = jax.device_get(samples)
+  _check_finite(samples)
+  return samples._replace(prompts=request.captions)
 
 
 def image_shape(stage: DecoderConfig | UpsamplerConfig) -> tuple[int, int, int]:
@@ -287,6 +292,21 @@ def concatenate(parts: list[Samples]) -> Samples:
   )
   prompts = tuple(prompt for part in parts for prompt in part.prompts)
   return joined._replace(prompts=prompts, trajectories=trajectories)
+
+
+def _check_finite(samples: Samples) -> None:
+  """A NaN would else be a black picture, which nobody could explain."""
+  upsamplers = [f'upsampler_{i}' for i in range(len(samples.stage_images) - 1)]
+  made = zip(
+    ('clip', 'prior', 'decoder', *upsamplers),
+    (samples.z_t, samples.z_i, *samples.stage_images),
+    strict=True,
+  )
+  for name, array in made:
+    if not np.isfinite(array).all():
+      raise UnclipError(
+        f'the {name} made a NaN or an infinity: take the dtype float32, or other weights'
+      )
 
 
 def _start(keys: Array, shape: tuple[int, ...], given: Any) -> Any:
