@@ -1,6 +1,7 @@
 """The whole system: what it composes, what a seed means, and what compiles when."""
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors import safe_open
 from tiny_model import CONFIG, TEXTS, load_tiny, make_params, without, write_tiny_model
 
 import unclip_jax
@@ -292,6 +294,19 @@ def test_the_folder_of_a_training_run_is_a_model(tmp_path, four):
   model = unclip_jax.load(str(tmp_path / 'run'))
   again = model.generate([APPLE, ROCKET], 7, 2)
   np.testing.assert_array_equal(again, four.images)
+
+
+def test_a_model_of_the_first_version_opens():
+  folder = Path(__file__).parent / 'golden' / 'model_v1'
+  model = unclip_jax.load(folder)
+  assert set(model.params) == {'clip', 'prior', 'decoder', 'upsampler_0'}
+  written = json.loads((folder / 'unclip.json').read_text())['config']
+  assert model.config.decoder.unet.channels == written['decoder']['unet']['channels'] == 8
+  assert model.config.prior.sampling.num_steps == written['prior']['sampling']['num_steps']
+  with safe_open(folder / 'prior.safetensors', framework='numpy') as file:
+    query = file.get_tensor('network.query')
+  np.testing.assert_array_equal(model.params['prior']['network']['query'], query)
+  assert model.encode_text(APPLE).shape == (1, 4)
 
 
 def test_a_long_prompt_is_cut_and_the_warning_shows_what_went(model):
