@@ -276,7 +276,7 @@ class Unclip:
         warn(
           f'the prompt {shown!r} is longer than the {self.tokenizer.context_length} tokens that '
           f'the model reads; this was cut off: {cut!r}',
-          stacklevel=4,
+          stacklevel=3,
         )
 
   def _params_of(self, stage: str) -> Params:
