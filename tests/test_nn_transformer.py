@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_params import randomised
 
-from tests.random_params import randomised
 from unclip_jax.configs import DiffusionConfig, PriorConfig, SamplingConfig, TextConfig
 from unclip_jax.nn.attention import causal_mask
 from unclip_jax.nn.clip import ClipNetwork, TextFeatures, TextTower

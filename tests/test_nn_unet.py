@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-from tests.random_params import randomised
+from random_params import randomised
 
 from unclip_jax.nn.clip import TextFeatures
 from unclip_jax.nn.decoder import DecoderNetwork

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
+import twins
 
-from tests.parity import twins
 from unclip_jax.configs import ClipConfig, TextConfig, ViTConfig
 from unclip_jax.nn.clip import ClipNetwork
 from unclip_jax.stages import clip

@@ -7,9 +7,9 @@ import jax
 import numpy as np
 import pytest
 import torch
+import twins
 from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
 
-from tests.parity import twins
 from unclip_jax.configs import DecoderConfig, DiffusionConfig, SamplingConfig, UNetConfig
 from unclip_jax.nn.clip import TextFeatures
 from unclip_jax.nn.decoder import DecoderNetwork

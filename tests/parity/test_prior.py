@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 import torch
+import twins
 
-from tests.parity import twins
 from unclip_jax.configs import DiffusionConfig, PriorConfig, SamplingConfig
 from unclip_jax.nn.clip import TextFeatures
 from unclip_jax.nn.prior import PriorNetwork

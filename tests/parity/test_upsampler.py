@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 import torch
+import twins
 
-from tests.parity import twins
 from unclip_jax.configs import DiffusionConfig, SamplingConfig, UNetConfig, UpsamplerConfig
 from unclip_jax.nn.unet import UNet
 from unclip_jax.stages import upsampler
