@@ -1,7 +1,10 @@
-"""The training scripts: each runs from the command line's options, and continues where it stopped."""
+"""The training scripts: they run from their options alone, and continue where they stopped."""
 
 import csv
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -9,7 +12,10 @@ import numpy as np
 import pytest
 
 from experiments.emoji import common, train_clip, train_decoder, train_prior, train_upsampler
+from unclip_jax.stages import clip
 from unclip_jax.systems.unclip import load
+from unclip_jax.train.log import RunLog
+from unclip_jax.train.state import OptimizerConfig
 from unclip_jax.types import UnclipError
 from unclip_jax.weights.folder import read_manifest
 
@@ -19,20 +25,9 @@ STAGES = {
   'decoder': train_decoder.main,
   'upsampler_0': train_upsampler.main,
 }
-# The tiny networks, at the sizes of the tokenizer that comes with the data.
 TINY = [
   '--preset=tiny',
-  *(
-    f'--set={field}'
-    for field in (
-      'clip.text.vocab_size=2048',
-      'clip.text.context_length=32',
-      'prior.context_length=32',
-      'decoder.text.vocab_size=2048',
-      'decoder.text.context_length=32',
-      'optimizer.warmup_steps=2',
-    )
-  ),
+  '--set=optimizer.warmup_steps=2',
   '--styles=flat',
   '--groups=food-drink',
   '--pool-size=16',
@@ -65,15 +60,61 @@ def losses(run: Path, stage: str) -> dict[int, str]:
     return {int(row['step']): row['loss'] for row in csv.DictReader(file) if row['loss']}
 
 
-def test_a_stopped_run_continues_with_the_same_losses_and_parameters(whole, tmp_path):
+class Killed(Exception):
+  pass
+
+
+def test_a_killed_run_continues_with_the_same_losses_and_parameters(whole, tmp_path, monkeypatch):
+  write = RunLog.write
+
+  def write_until_killed(log, step, metrics, num_examples=0):
+    write(log, step, metrics, num_examples)
+    if step == 3:  # one update after a checkpoint: it is made again
+      raise Killed
+
   for stage, main in STAGES.items():
-    main([f'--run={tmp_path}', '--steps=2', *TINY])
-    assert sorted(losses(tmp_path, stage)) == [1, 2]
+    with monkeypatch.context() as patch:
+      patch.setattr(RunLog, 'write', write_until_killed)
+      with pytest.raises(Killed):
+        main([f'--run={tmp_path}', '--steps=4', *TINY])
+    assert sorted(losses(tmp_path, stage)) == [1, 2, 3]
     main([f'--run={tmp_path}', '--steps=4', *TINY])
     assert losses(tmp_path, stage) == losses(whole, stage)
     assert sorted(losses(whole, stage)) == [1, 2, 3, 4]
     file = f'{stage}.safetensors'
     assert (tmp_path / file).read_bytes() == (whole / file).read_bytes()
+
+
+def test_a_stage_keeps_the_config_that_it_was_trained_with(whole, tmp_path):
+  shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+  train = common.parse_options(
+    [
+      f'--run={tmp_path}',
+      *TINY,
+      '--set=decoder.unet.channels=24',
+      '--set=decoder.unet.head_dim=24',
+    ],
+    '',
+    OptimizerConfig(),
+    steps=4,
+    batch_size=4,
+  )
+  params = clip.init(train.config.clip, jax.random.key(0))
+  common.export_stage(train, 'clip', params)
+  assert load(tmp_path).config.decoder.unet.channels == 16
+
+
+def test_the_second_kind_of_upsampler_learns_from_degraded_pictures(tmp_path):
+  arguments = [f'--run={tmp_path}', '--steps=1', *TINY]
+  train_upsampler.main([*arguments, '--set=upsamplers.0.degradation=bsr'])
+  assert 'upsampler_0' in read_manifest(tmp_path).stages
+  with pytest.raises(UnclipError, match="degradation 'dirt'"):
+    train_upsampler.main([*arguments, '--set=upsamplers.0.degradation=dirt'])
+
+
+def test_an_upsampler_wants_pictures_as_large_as_its_output(tmp_path):
+  with pytest.raises(UnclipError, match=r'64 px, too few .* --size 128'):
+    train_upsampler.main([f'--run={tmp_path}', '--preset=emoji_small'])
 
 
 def test_a_run_folder_is_a_model_that_draws(whole):
@@ -100,7 +141,10 @@ def test_a_run_records_its_options_and_its_samples(whole):
     ('--set=decoder.unet.chanels=8', "no field 'chanels'"),
     ('--set=decoder.unet.channels=wide', 'decoder.unet.channels: expected int'),
     ('--set=optimizer.momentum=0.5', "no field 'momentum'"),
-    ('--steps=0', '1 or more'),
+    ('--steps=0', '--steps 0: take 1 or more'),
+    ('--pool-size=2', 'a batch of 4 does not fit'),
+    ('--dtype=float8', '--dtype float8'),
+    ('--stage=1', 'has 1 upsamplers'),
     ('--styles=oil', 'oil'),
   ],
 )
@@ -111,8 +155,16 @@ def test_an_option_that_makes_no_sense_is_named(argument, message, tmp_path):
 
 
 def test_a_prior_without_its_clip_is_told_what_is_missing(tmp_path):
-  with pytest.raises(UnclipError, match=r'unclip\.json|model folder'):
+  with pytest.raises(UnclipError, match=r'first run python -m experiments\.emoji\.train_clip'):
     train_prior.main([f'--run={tmp_path / "empty"}', *TINY])
+
+
+def test_a_script_says_a_mistake_in_one_line():
+  script = [sys.executable, '-m', 'experiments.emoji.train_clip', '--preset=huge']
+  result = subprocess.run(script, capture_output=True, text=True, check=False)
+  assert result.returncode == 1
+  assert result.stderr.startswith("error: there is no preset 'huge'")
+  assert len(result.stderr.splitlines()) == 1
 
 
 def test_float_pixels_round_trip():

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import unclip_jax
 from experiments.emoji.pool import Pool, make_pool
 from unclip_jax import configs
 from unclip_jax.data.tokenizer import Tokenizer
@@ -27,7 +29,7 @@ from unclip_jax.train.state import (
   make_multi_step,
 )
 from unclip_jax.types import Array, Params, UnclipError
-from unclip_jax.weights.folder import read_manifest, read_stage, write_model
+from unclip_jax.weights.folder import MANIFEST_NAME, read_manifest, read_stage, write_model
 
 TOKENIZER = Path(__file__).parent / 'tokenizer.json'
 
@@ -46,6 +48,7 @@ class TrainConfig:
     minutes: stop, with a checkpoint, after so long; None trains all steps.
     pool_size: composed examples held in memory, from which batches are drawn.
     styles, groups, scene_fraction: what is drawn, see `CaptionedEmoji`.
+    stage: which of the upsamplers.
     data: folder of a build; None is the one that comes with the repository.
     seed: of everything random.
     dtype: what the networks compute in.
@@ -64,6 +67,7 @@ class TrainConfig:
   styles: tuple[str, ...] | None
   groups: tuple[str, ...] | None
   scene_fraction: float
+  stage: int
   data: Path | None
   seed: int
   dtype: Any
@@ -101,20 +105,31 @@ def parse_options(
   add('--save-every', type=int, default=1000, help='updates between checkpoints')
   add('--minutes', type=float, default=None, help='stop with a checkpoint after so long')
   add('--pool-size', type=int, default=pool_size, help='composed examples held in memory')
-  add('--styles', nargs='+', default=None, help='of flat 3d gradient noto twemoji')
-  add('--groups', nargs='+', default=None, help="emojibase's groups, such as food-drink")
+  add('--styles', nargs='+', default=None, help='of flat 3d noto twemoji (all)')
+  add('--groups', nargs='+', default=None, help="emojibase's, such as food-drink (all)")
   add('--scene-fraction', type=float, default=0.15, help='pictures of two objects')
+  add('--stage', type=int, default=0, help='which of the upsamplers, by train_upsampler')
   add('--data', type=Path, default=None, help='a build of experiments.emoji.build')
   add('--seed', type=int, default=0)
   add('--dtype', default='bfloat16' if on_accelerator else 'float32')
   args = parser.parse_args(argv)
   ours = [a.removeprefix('optimizer.') for a in args.assignments if a.startswith('optimizer.')]
   theirs = [a for a in args.assignments if not a.startswith('optimizer.')]
-  if args.steps < 1 or args.batch_size < 1 or args.chunk < 1 or args.save_every % args.chunk:
-    raise UnclipError('--steps, --batch-size, --chunk: 1 or more; --save-every: chunks of updates')
+  for name in ('steps', 'batch_size', 'chunk', 'save_every'):
+    if getattr(args, name) < 1:
+      raise UnclipError(f'--{name.replace("_", "-")} {getattr(args, name)}: take 1 or more')
+  if args.steps % args.chunk:
+    raise UnclipError(f'--steps {args.steps}: take a multiple of --chunk {args.chunk}')
+  if args.pool_size < args.batch_size:
+    raise UnclipError(f'--pool-size {args.pool_size}: a batch of {args.batch_size} does not fit')
+  if args.dtype not in ('float32', 'bfloat16'):
+    raise UnclipError(f'--dtype {args.dtype}: take float32 or bfloat16')
+  config = configs.override(fit_to_tokenizer(preset(args.preset)), theirs)
+  if args.stage not in range(len(config.upsamplers)):
+    raise UnclipError(f'--stage {args.stage}: the preset has {len(config.upsamplers)} upsamplers')
   return TrainConfig(
     run=args.run,
-    config=configs.override(preset(args.preset), theirs),
+    config=config,
     optimizer=configs.override(optimizer, ours),
     steps=args.steps,
     batch_size=args.batch_size,
@@ -126,9 +141,24 @@ def parse_options(
     styles=tuple(args.styles) if args.styles else None,
     groups=tuple(args.groups) if args.groups else None,
     scene_fraction=args.scene_fraction,
+    stage=args.stage,
     data=args.data,
     seed=args.seed,
     dtype=jnp.dtype(args.dtype),
+  )
+
+
+def fit_to_tokenizer(config: configs.UnclipConfig) -> configs.UnclipConfig:
+  """A preset with the vocabulary and the context length of the tokenizer of these captions."""
+  tokenizer = Tokenizer.load(TOKENIZER)
+  sizes = {'vocab_size': tokenizer.vocab_size, 'context_length': tokenizer.context_length}
+  text = dataclasses.replace(config.clip.text, **sizes)
+  own_text = config.decoder.text and dataclasses.replace(config.decoder.text, **sizes)
+  return dataclasses.replace(
+    config,
+    clip=dataclasses.replace(config.clip, text=text),
+    prior=dataclasses.replace(config.prior, context_length=tokenizer.context_length),
+    decoder=dataclasses.replace(config.decoder, text=own_text),
   )
 
 
@@ -209,7 +239,7 @@ def encode_pool(
   if images is None:
     return result
   config = train.config.clip
-  params = load_stage(train, 'clip')
+  params = load_clip(train)
 
   @jax.jit
   def encode(params: Params, ids: Array, mask: Array, image: Array) -> dict[str, Array]:
@@ -239,26 +269,51 @@ def null_text(train: TrainConfig, tokenizer: Tokenizer) -> TextFeatures:
   """Features [1] of the empty caption."""
   tokens = tokenizer.encode([''])
   ids, mask = jnp.asarray(tokens.ids), jnp.asarray(tokens.mask)
-  return clip.encode_text(train.config.clip, load_stage(train, 'clip'), ids, mask)
+  return clip.encode_text(train.config.clip, load_clip(train), ids, mask)
 
 
-def load_stage(train: TrainConfig, name: str) -> Params:
-  """A stage that an earlier script exported to the run's folder (only CLIP is asked for)."""
+def load_clip(train: TrainConfig) -> Params:
+  """The CLIP that `train_clip` left in the run's folder.
+
+  Raises:
+    UnclipError: it is not there, or of another architecture than `train.config`.
+  """
+  if not (train.run / 'clip.safetensors').exists():
+    raise UnclipError(
+      f'{train.run} has no CLIP yet, whose embeddings this stage is trained on: first run '
+      f'python -m experiments.emoji.train_clip --run {train.run}'
+    )
   expected = jax.eval_shape(lambda: clip.init(train.config.clip, jax.random.key(0)))
-  return jax.tree.map(jnp.asarray, read_stage(train.run, name, expected, jnp.float32))
+  return jax.tree.map(jnp.asarray, read_stage(train.run, 'clip', expected, jnp.float32))
 
 
 def export_stage(train: TrainConfig, name: str, params: Params) -> None:
-  """Writes a stage's parameters into the run's folder, which is a model folder, in bfloat16."""
-  stages = (train.run / 'unclip.json').exists() and read_manifest(train.run).stages
-  write_model(
-    train.run,
-    configs.to_json(train.config),
-    {name: params},
-    TOKENIZER,
-    jnp.bfloat16,
-    keep=tuple(stages or ()),
-  )
+  """Writes a stage's parameters into the run's folder, which is a model folder, in bfloat16.
+
+  The stages that are there already keep the configs that they were trained with.
+  """
+  config, stages = configs.to_json(train.config), ()
+  if (train.run / MANIFEST_NAME).exists():
+    there = read_manifest(train.run)
+    stages = tuple(there.stages)
+    for other in set(stages) - {name}:
+      field, _, index = other.partition('_')
+      if index:
+        config['upsamplers'][int(index)] = there.config['upsamplers'][int(index)]
+      else:
+        config[field] = there.config[field]
+  written_by = f'unclip_jax {unclip_jax.__version__}'
+  write_model(train.run, config, {name: params}, TOKENIZER, jnp.bfloat16, written_by, keep=stages)
+
+
+def run(main: Callable[[], None]) -> None:
+  """Runs a script; a mistake of its user's is one line and status 1."""
+  try:
+    main()
+  except UnclipError as error:
+    sys.exit(f'error: {error}')
+  except OSError as error:
+    sys.exit(f'error: {error.filename or "writing"}: {error.strerror or error}')
 
 
 def deadline(minutes: float | None) -> Callable[[], bool]:

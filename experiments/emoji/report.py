@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 import unclip_jax
+from experiments.emoji import common
 from experiments.emoji.compose import CaptionedEmoji, load_sprites
 
 STAGES = ('clip', 'prior', 'decoder', 'upsampler_0')
@@ -33,7 +34,8 @@ def labelled_grid(images: np.ndarray, captions: list[str]) -> Image.Image:
   for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
     x, y = i % COLUMNS * w, i // COLUMNS * (h + CAPTION_HEIGHT)
     sheet.paste(Image.fromarray(image), (x, y))
-    draw.multiline_text((x + 2, y + h), '\n'.join(textwrap.wrap(caption, 24)[:3]), 'black', None, 0)
+    lines = '\n'.join(textwrap.wrap(caption, 24)[:3])
+    draw.multiline_text((x + 2, y + h), lines, fill='black', spacing=0)
   return sheet
 
 
@@ -87,16 +89,18 @@ def main() -> None:
     ('train', 'Captions of the training set'),
   ):
     captions = captions_of(options, split, COLUMNS * COLUMNS)
-    images = model.generate(captions, seed=0)
+    images = np.concatenate(
+      [model.sample(c, seed=0, first_image=i).images for i, c in enumerate(captions)]
+    )
     name = f'emoji_{split}.webp'
     labelled_grid(images, captions).save(args.images / name, quality=80)
     sections.append(f'## {what}\n\n![{len(captions)} samples]({args.images.name}/{name})\n')
   print('# The embedded emoji model\n')
   print(
-    f'Trained on styles {", ".join(options["styles"])} of the groups '
-    f'{", ".join(options["groups"])}; {options["scene_fraction"]:.0%} of the pictures show '
-    f'two objects. Sampled with jax {jax.__version__} on {jax.devices()[0].device_kind}, seed 0, '
-    'one image a caption, the settings of the model.\n'
+    f'Trained on styles {", ".join(options["styles"] or ["all"])} of the groups '
+    f'{", ".join(options["groups"] or ["all"])}; {options["scene_fraction"]:.0%} of the pictures '
+    f'show two objects. Sampled with jax {jax.__version__} on {jax.devices()[0].device_kind}: '
+    'image i of seed 0 for caption i, with the settings of the model.\n'
   )
   print('| stage | updates | examples | hours | mean of the last twentieth of the run |')
   print('|---|---|---|---|---|')
@@ -106,4 +110,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  main()
+  common.run(main)

@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
   arrays = jax.device_put(arrays, sharding.replicated(mesh))
   folder = train.run / 'decoder'
   common.save_options(train, folder)
-  with Checkpoints(folder / 'checkpoints', keep=1) as checkpoints:
+  with Checkpoints(folder / 'checkpoints') as checkpoints:
     if checkpoints.latest_step() is not None:
       state = checkpoints.restore(state)
     time_is_up = common.deadline(train.minutes)
@@ -97,9 +97,9 @@ def main(argv: list[str] | None = None) -> None:
       while step < train.steps and not time_is_up():
         state, metrics = updates(state, arrays, key_run)
         check_finite(metrics, step)
-        step = int(state.step)
+        before, step = step, int(state.step)
         log.write(step, metrics, num_examples=train.chunk * train.batch_size)
-        if step % train.save_every == 0:
+        if step // train.save_every > before // train.save_every:
           checkpoints.save(step, state)
           images = common.to_uint8(reconstruct(state.ema_params, held_out))
           pairs = np.stack([held_out['image'], images], axis=1).reshape(-1, *images.shape[1:])
@@ -110,4 +110,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == '__main__':
-  main()
+  common.run(main)

@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
   arrays = jax.device_put(arrays, sharding.replicated(mesh))
   folder = train.run / 'prior'
   common.save_options(train, folder)
-  with Checkpoints(folder / 'checkpoints', keep=1) as checkpoints:
+  with Checkpoints(folder / 'checkpoints') as checkpoints:
     if checkpoints.latest_step() is not None:
       state = checkpoints.restore(state)
     time_is_up = common.deadline(train.minutes)
@@ -84,9 +84,9 @@ def main(argv: list[str] | None = None) -> None:
       while step < train.steps and not time_is_up():
         state, metrics = updates(state, arrays, key_run)
         check_finite(metrics, step)
-        step = int(state.step)
+        before, step = step, int(state.step)
         log.write(step, metrics, num_examples=train.chunk * train.batch_size)
-        if step % train.save_every == 0:
+        if step // train.save_every > before // train.save_every:
           checkpoints.save(step, state)
           cosine = held_out_cosine(state.ema_params, held_out)
           log.write(step, {'val_cosine': cosine})
@@ -98,4 +98,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == '__main__':
-  main()
+  common.run(main)

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.emoji import common
+from experiments.emoji.compose import load_sprites
 from unclip_jax import sharding
-from unclip_jax.data.degradations import area_downsample, gaussian_blur
+from unclip_jax.data.degradations import area_downsample, bsr_degrade, gaussian_blur
 from unclip_jax.images import make_grid
 from unclip_jax.stages import common as stage_common
 from unclip_jax.stages import upsampler
@@ -22,6 +23,7 @@ from unclip_jax.train.state import (
   make_optimizer,
   make_train_step,
 )
+from unclip_jax.types import UnclipError
 from unclip_jax.weights.checkpoint import Checkpoints
 
 NUM_HELD_OUT = 8
@@ -36,24 +38,39 @@ def main(argv: list[str] | None = None) -> None:
     batch_size=64,
     pool_size=6144,
   )
-  config = train.config.upsamplers[0]
+  config = train.config.upsamplers[train.stage]
   mesh = sharding.make_mesh()
   scale = config.image_size // config.low_size
   crop = round(config.image_size * config.crop_fraction)
   low_crop = crop // scale
+  if (size := load_sprites(train.data).size) < config.image_size:
+    raise UnclipError(
+      f'the emoji of --data have {size} px, too few for pictures of {config.image_size}: first run '
+      f'python -m experiments.emoji.build --size {config.image_size} --out DIR, then --data DIR'
+    )
+  if config.degradation not in ('blur', 'bsr'):
+    raise UnclipError(f'degradation {config.degradation!r}: take blur or bsr')
 
   def load(num_examples, splits):
     """Pictures [n, image_size, image_size, 3] and the same, small, both uint8."""
     images = common.compose(train, config.image_size, num_examples, splits).images
-    shrink = jax.jit(lambda x: area_downsample(common.to_float(x), scale))
-    small = [common.to_uint8(shrink(images[i : i + 64])) for i in range(0, num_examples, 64)]
-    return {'image': jnp.asarray(images), 'low': jnp.asarray(np.concatenate(small))}
+    if config.degradation == 'bsr':
+      small = [bsr_degrade(image, scale, (train.seed, i)) for i, image in enumerate(images)]
+    else:
+      shrink = jax.jit(lambda x: area_downsample(common.to_float(x), scale))
+      small = [
+        row
+        for i in range(0, len(images), 64)
+        for row in common.to_uint8(shrink(images[i : i + 64]))
+      ]
+    return {'image': jnp.asarray(images), 'low': jnp.asarray(np.stack(small))}
 
   arrays, held_out = load(train.pool_size, ('train',)), load(NUM_HELD_OUT, ('val_pairs',))
 
   def loss_fn(params, batch, key):
-    image = common.to_float(batch['image'])
-    low = gaussian_blur(common.to_float(batch['low']), sigma=config.blur_sigma)
+    image, low = common.to_float(batch['image']), common.to_float(batch['low'])
+    if config.degradation == 'blur':
+      low = gaussian_blur(low, sigma=config.blur_sigma)
     return upsampler.loss(config, params, image, low, key, train.dtype)
 
   def make_batch(pool, indices, key):
@@ -86,9 +103,10 @@ def main(argv: list[str] | None = None) -> None:
   state = init_state(upsampler.init(config, key_init), optimizer)
   state = jax.device_put(state, sharding.replicated(mesh))
   arrays = jax.device_put(arrays, sharding.replicated(mesh))
-  folder = train.run / 'upsampler_0'
+  name = f'upsampler_{train.stage}'
+  folder = train.run / name
   common.save_options(train, folder)
-  with Checkpoints(folder / 'checkpoints', keep=1) as checkpoints:
+  with Checkpoints(folder / 'checkpoints') as checkpoints:
     if checkpoints.latest_step() is not None:
       state = checkpoints.restore(state)
     time_is_up = common.deadline(train.minutes)
@@ -97,9 +115,9 @@ def main(argv: list[str] | None = None) -> None:
       while step < train.steps and not time_is_up():
         state, metrics = updates(state, arrays, key_run)
         check_finite(metrics, step)
-        step = int(state.step)
+        before, step = step, int(state.step)
         log.write(step, metrics, num_examples=train.chunk * train.batch_size)
-        if step % train.save_every == 0:
+        if step // train.save_every > before // train.save_every:
           checkpoints.save(step, state)
           high = common.to_uint8(upsample(state.ema_params, held_out['low']))
           smooth = common.to_uint8(
@@ -109,8 +127,8 @@ def main(argv: list[str] | None = None) -> None:
           log.write_image(step, 'bicubic_ours_real', make_grid(rows, NUM_HELD_OUT))
       checkpoints.save(step, state)
       log.write_curves(['loss'])
-  common.export_stage(train, 'upsampler_0', state.ema_params)
+  common.export_stage(train, name, state.ema_params)
 
 
 if __name__ == '__main__':
-  main()
+  common.run(main)

@@ -45,7 +45,7 @@ class OptimizerConfig:
   Attributes:
     learning_rate: the peak, reached at the end of the warm-up.
     b1, b2, eps: Adam's.
-    weight_decay: decoupled; not applied to biases and norms (arrays of at most one axis).
+    weight_decay: decoupled; not applied to biases and norms.
     warmup_steps: steps over which the learning rate rises linearly from 0.
     decay: 'constant', or 'cosine' down to `final_scale` of the peak at the end of the run.
     final_scale: in [0, 1], the part of the peak left at the end of the cosine.
@@ -99,11 +99,18 @@ def make_optimizer(
     b2=config.b2,
     eps=config.eps,
     weight_decay=config.weight_decay,
-    mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
+    mask=_is_decayed,
   )
   if config.max_grad_norm is None:
     return optax.chain(adamw)
   return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), adamw)
+
+
+def _is_decayed(params: Params) -> Params:
+  """Which arrays decay: no vectors (norms), and no biases (those of attention have three axes)."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, p: p.ndim > 1 and getattr(path[-1], 'key', None) != 'bias', params
+  )
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:

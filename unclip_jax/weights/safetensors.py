@@ -39,7 +39,8 @@ def save_params(path: os.PathLike[str] | str, params: Params, dtype: Any = None)
   tensors = {}
   for name, leaf in _named_leaves(params).items():
     array = np.ascontiguousarray(jax.device_get(leaf)).reshape(leaf.shape)
-    if dtype is not None and array.ndim > 1 and jnp.issubdtype(array.dtype, jnp.floating):
+    is_matrix = array.ndim > 1 and not name.endswith('bias')
+    if dtype is not None and is_matrix and jnp.issubdtype(array.dtype, jnp.floating):
       array = array.astype(jnp.dtype(dtype))
     if not np.isfinite(array).all():
       raise UnclipError(
