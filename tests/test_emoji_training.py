@@ -105,7 +105,7 @@ def test_a_stage_keeps_the_config_that_it_was_trained_with(whole, tmp_path):
 
 
 def test_the_second_kind_of_upsampler_learns_from_degraded_pictures(tmp_path):
-  arguments = [f'--run={tmp_path}', '--steps=1', *TINY]
+  arguments = [f'--run={tmp_path}', '--steps=2', *TINY]
   train_upsampler.main([*arguments, '--set=upsamplers.0.degradation=bsr'])
   assert 'upsampler_0' in read_manifest(tmp_path).stages
   with pytest.raises(UnclipError, match="degradation 'dirt'"):
