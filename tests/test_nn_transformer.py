@@ -213,3 +213,9 @@ def test_network_widths_need_not_be_the_width_of_an_embedding():
   params = jax.eval_shape(lambda key: diffusion_prior.init(config, key), jax.random.key(0))
   assert params['text_proj']['kernel'].shape == (10, 21)
   assert params['out_proj']['kernel'].shape == (21, 3)
+
+
+def test_heads_that_do_not_divide_the_width_are_refused():
+  blocks = Transformer(width=21, depth=1, num_heads=4)
+  with pytest.raises(ValueError, match='4 heads do not divide a width of 21'):
+    blocks.init(jax.random.key(0), jnp.zeros((1, 2, 21)))

@@ -92,6 +92,12 @@ def test_fresh_attention_passes_on_its_input():
   np.testing.assert_array_equal(output, x)
 
 
+def test_heads_that_do_not_divide_the_channels_are_refused():
+  layer = SpatialAttention(channels=12, head_dim=5, num_groups=3, has_context=False)
+  with pytest.raises(ValueError, match='head_dim of 5 does not divide 12 channels'):
+    layer.init(jax.random.key(0), normal(2, 4, 6, 12), None, None)
+
+
 @pytest.mark.parametrize('config', [TINY.decoder, KARLO], ids=['own text', 'text projection'])
 def test_fresh_decoder_returns_zero(config):
   params = jax.jit(lambda key: decoder.init(config, key))(jax.random.key(0))

@@ -17,6 +17,7 @@ from unclip_jax.configs import (
 )
 from unclip_jax.presets import PAPER, PRESETS, TINY, preset
 from unclip_jax.stages import clip, decoder, diffusion_prior, upsampler
+from unclip_jax.systems.loading import check_config
 from unclip_jax.types import UnclipError
 
 
@@ -76,6 +77,7 @@ def test_clip_of_the_paper_is_a_vit_h_16_and_a_text_transformer_of_24_blocks():
 @pytest.mark.parametrize('name', PRESETS)
 def test_stages_of_a_preset_fit_each_other(name):
   config = preset(name)
+  check_config(config)
   assert config.prior.embed_dim == config.decoder.embed_dim == config.clip.embed_dim
   assert config.prior.text_width == config.clip.text.width
   assert config.prior.context_length == config.clip.text.context_length

@@ -67,6 +67,7 @@ class DiffusionConfig:
   prediction: str = 'eps'  # or 'x_0', 'v'
   learned_variance: bool = False
   clip_x_0: float | None = None
+  dynamic_threshold: float | None = None  # a percentile; bounds x_0 in place of clip_x_0
   min_snr_gamma: float | None = None
 
 

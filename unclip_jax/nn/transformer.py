@@ -70,8 +70,15 @@ class Transformer(nn.Module):
 
     Returns:
       [b, t, width], and for each block the keys and values of all s + t positions.
+
+    Raises:
+      ValueError: no head_dim is given, and the heads do not divide the width.
     """
-    head_dim = self.head_dim or self.width // self.num_heads
+    head_dim = self.head_dim
+    if head_dim is None:
+      head_dim, rest = divmod(self.width, self.num_heads)
+      if rest:
+        raise ValueError(f'{self.num_heads} heads do not divide a width of {self.width}')
     keys_values = []
     for i in range(self.depth):
       block = TransformerBlock(

@@ -29,7 +29,9 @@ class SpatialAttention(nn.Module):
   dtype: Any = jnp.float32
 
   def setup(self):
-    heads = self.channels // self.head_dim
+    heads, rest = divmod(self.channels, self.head_dim)
+    if rest:
+      raise ValueError(f'a head_dim of {self.head_dim} does not divide {self.channels} channels')
     self.norm = GroupNorm(self.num_groups, dtype=self.dtype)
     self.qkv = nn.DenseGeneral((3, heads, self.head_dim), dtype=self.dtype)
     if self.has_context:
@@ -70,11 +72,8 @@ class UNet(nn.Module):
     if config.condition_channels:
       self.conv_condition = nn.Conv(config.channels, (3, 3), use_bias=False, dtype=self.dtype)
     widths = [config.channels * m for m in config.multipliers]
-    last = len(widths) - 1
 
-    def attention(level: int, width: int) -> SpatialAttention | None:
-      if level not in config.attention_levels:
-        return None
+    def attention(width: int) -> SpatialAttention:
       return SpatialAttention(
         width, config.head_dim, config.num_groups, config.context_dim is not None, self.dtype
       )
@@ -83,7 +82,8 @@ class UNet(nn.Module):
       return [self._res_block(widths[level]) for _ in range(count)]
 
     def level_attention(level: int, count: int) -> list[SpatialAttention | None]:
-      return [attention(level, widths[level]) for _ in range(count)]
+      has_attention = level in config.attention_levels
+      return [attention(widths[level]) if has_attention else None for _ in range(count)]
 
     n = config.num_res_blocks
     levels = range(len(widths))
@@ -91,14 +91,7 @@ class UNet(nn.Module):
     self.down_attention = [level_attention(i, n) for i in levels]
     self.downsamplers = [self._res_block(widths[i], 'down') for i in levels[:-1]]
     self.middle_blocks = [self._res_block(widths[-1]) for _ in range(2)]
-    middle_level = last if config.attention_levels else -1
-    self.middle_attention = (
-      SpatialAttention(
-        widths[-1], config.head_dim, config.num_groups, config.context_dim is not None, self.dtype
-      )
-      if middle_level >= 0
-      else None
-    )
+    self.middle_attention = attention(widths[-1]) if config.attention_levels else None
     # Indexed by level, 0 the highest resolution; they run from the last to the first.
     self.up_blocks = [level_blocks(i, n + 1) for i in levels]
     self.up_attention = [level_attention(i, n + 1) for i in levels]

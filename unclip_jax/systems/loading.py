@@ -12,7 +12,14 @@ import numpy as np
 from etils import epath
 from flax.errors import FlaxError
 
-from unclip_jax.configs import UnclipConfig, from_json
+from unclip_jax.configs import (
+  DiffusionConfig,
+  TextConfig,
+  UnclipConfig,
+  UNetConfig,
+  ViTConfig,
+  from_json,
+)
 from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.sharding import Mesh, make_mesh, replicated
 from unclip_jax.stages import clip, decoder, diffusion_prior, upsampler
@@ -27,18 +34,13 @@ DEFAULT_FOLDER = Path(__file__).parents[1] / 'assets' / 'default'
 def find_folder(model: str | os.PathLike[str]) -> epath.Path:
   """The folder of a model: of the package's own for 'default', else as given.
 
-  A training run keeps its model in the folder itself, or in `export/` of it.
-
   Raises:
     UnclipError: the package came without a model, or the name is empty.
   """
   if not isinstance(model, str | os.PathLike) or not os.fspath(model):
     raise UnclipError(f"model {model!r}: give 'default' or a folder")
   if model != DEFAULT:
-    folder = epath.Path(model).expanduser()
-    export = folder / 'export'
-    is_run = not (folder / MANIFEST_NAME).exists() and (export / MANIFEST_NAME).exists()
-    return export if is_run else folder
+    return epath.Path(model).expanduser()
   if not (DEFAULT_FOLDER / MANIFEST_NAME).exists():
     raise UnclipError(
       'this installation came without a default model: install unclip-jax again, or give the '
@@ -77,11 +79,33 @@ def _init_shapes(init: Callable[[Any, Array], Params], stage_config: Any) -> Par
 
 
 def check_config(config: UnclipConfig) -> None:
-  """Checks that the stages fit together.
+  """Checks that the stages fit together, and that each can be built as it is meant.
 
   Raises:
-    UnclipError: they do not; names both ends.
+    UnclipError: not so; names the fields.
   """
+  _check_stages_meet(config)
+  prior, decoder = config.prior, config.decoder
+  _check_heads('prior', prior.width, prior.num_heads)
+  towers = {
+    'clip.text': config.clip.text,
+    'clip.vision': config.clip.vision,
+    'decoder.text': decoder.text,
+  }
+  for name, tower in towers.items():
+    if isinstance(tower, TextConfig | ViTConfig):
+      _check_heads(name, tower.width, tower.num_heads)
+  _check_diffusion('prior', prior.diffusion)
+  if prior.diffusion.learned_variance:
+    raise UnclipError('prior.diffusion.learned_variance is true: the prior predicts no variance')
+  stages = {'decoder': decoder}
+  stages |= {f'upsamplers.{i}': stage for i, stage in enumerate(config.upsamplers)}
+  for name, stage in stages.items():
+    _check_diffusion(name, stage.diffusion)
+    _check_unet(f'{name}.unet', stage.unet, stage.diffusion.learned_variance)
+
+
+def _check_stages_meet(config: UnclipConfig) -> None:
   text, size = config.clip.text, config.decoder.image_size
   meet = [
     ('clip.embed_dim', config.clip.embed_dim, 'prior.embed_dim', config.prior.embed_dim),
@@ -103,12 +127,57 @@ def check_config(config: UnclipConfig) -> None:
         'decoder.text.vocab_size', config.decoder.text.vocab_size,
       ),
     ]  # fmt: skip
+  else:
+    width = config.decoder.clip_text_width
+    meet.append(('clip.text.width', text.width, 'decoder.clip_text_width', width))
   for i, stage in enumerate(config.upsamplers):
     meet.append(('the size before it', size, f'upsamplers.{i}.low_size', stage.low_size))
     size = stage.image_size
   for name, value, other_name, other in meet:
     if value != other:
       raise UnclipError(f'{name} is {value}, but {other_name} is {other}: they must be equal')
+
+
+def _check_heads(name: str, width: int, num_heads: int) -> None:
+  if num_heads < 1 or width % num_heads:
+    raise UnclipError(f'{name}.num_heads is {num_heads}: it must divide {name}.width, {width}')
+
+
+def _check_diffusion(name: str, diffusion: DiffusionConfig) -> None:
+  words = {
+    'schedule': (diffusion.schedule, ('cosine', 'linear')),
+    'prediction': (diffusion.prediction, ('eps', 'x_0', 'v')),
+  }
+  for field, (word, known) in words.items():
+    if word not in known:
+      raise UnclipError(f'{name}.diffusion.{field} is {word!r}: take one of {", ".join(known)}')
+  percentile = diffusion.dynamic_threshold
+  if percentile is not None and not 50 <= percentile <= 100:
+    raise UnclipError(
+      f'{name}.diffusion.dynamic_threshold is {percentile:g}: take a percentile from 50 to 100'
+    )
+
+
+def _check_unet(name: str, unet: UNetConfig, learned_variance: bool) -> None:
+  wanted = unet.in_channels * (2 if learned_variance else 1)
+  if unet.out_channels != wanted:
+    variance = 'learned' if learned_variance else 'not learned'
+    raise UnclipError(
+      f'{name}.out_channels is {unet.out_channels}: with {unet.in_channels} in_channels and a '
+      f'variance that is {variance} it must be {wanted}'
+    )
+  levels = range(len(unet.multipliers))
+  for level in unet.attention_levels:
+    if level not in levels:
+      raise UnclipError(f'{name}.attention_levels has {level}: there are {len(levels)} levels')
+  # Wherever there is attention there is some in the middle, at the last level's width.
+  for level in {*unet.attention_levels, *levels[-1:]} if unet.attention_levels else ():
+    channels = unet.channels * unet.multipliers[level]
+    if unet.head_dim < 1 or channels % unet.head_dim:
+      raise UnclipError(
+        f'{name}.head_dim is {unet.head_dim}: it must divide the {channels} channels of level '
+        f'{level}'
+      )
 
 
 def read_config(folder: epath.Path) -> UnclipConfig:
