@@ -92,6 +92,15 @@ def test_pictures_are_named_described_and_gathered_in_a_grid(model, tmp_path, ca
   assert read_text(out / 'grid.png')['prompt'] == f'{APPLE}\n{ROCKET}'
 
 
+def test_a_grid_of_one_picture_each_comes_near_a_square(model, tmp_path):
+  assert generate(model, tmp_path, *TEXTS, '--size', 16) == 0
+  first, _, third = (pixels(tmp_path / f'{slug}-00.png') for slug in slugs(list(TEXTS)))
+  grid = pixels(tmp_path / 'grid.png')
+  assert grid.shape == (44, 44, 3)
+  np.testing.assert_array_equal(grid[4:20, 4:20], first)
+  np.testing.assert_array_equal(grid[24:40, 4:20], third)
+
+
 def test_settings_reach_the_stages_and_the_files(model, tmp_path):
   options = (
     *('--prior-steps', 2, '--prior-sampler', 'ddim', '--prior-guidance', 1.5, '--prior-eta', 0.5),

@@ -198,7 +198,9 @@ def generate(
         progress=display,
         on_batch=save,
       )
-    num_columns = num_images if len(prompts) > 1 else math.isqrt(num_images - 1) + 1
+    # A row for each prompt, or what comes near a square.
+    in_rows = len(prompts) > 1 and num_images > 1
+    num_columns = num_images if in_rows else math.isqrt(len(samples.images) - 1) + 1
     grid = make_grid(samples.images, num_columns)
     folder.save('grid.png', grid, {'prompt': '\n'.join(prompts), **text})
 
