@@ -5,14 +5,15 @@
     images = model.generate('a red apple, flat style', seed=7)  # uint8 [1, h, w, 3]
 
 The stages are modules of pure functions (`init`, `loss`, `sample`): `clip`, `diffusion_prior`,
-`decoder`, `upsampler`. Names are imported when they are first used, so that the command line can
-answer before JAX is loaded.
+`decoder`, `upsampler`. Names, packages among them, are imported when they are first used, so that
+the command line can answer before JAX is loaded.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+  from unclip_jax import configs, data, diffusion, nn, presets, stages, weights
   from unclip_jax.configs import UnclipConfig
   from unclip_jax.presets import preset
   from unclip_jax.stages import clip, decoder, diffusion_prior, upsampler
@@ -31,12 +32,19 @@ __all__ = [
   'UnclipConfig',
   'UnclipError',
   'clip',
+  'configs',
+  'data',
   'decoder',
+  'diffusion',
   'diffusion_prior',
   'generate',
   'load',
+  'nn',
   'preset',
+  'presets',
+  'stages',
   'upsampler',
+  'weights',
 ]
 
 # A name that is a module itself is not looked up in one.
@@ -50,12 +58,19 @@ _HOMES = {
   'UnclipConfig': 'configs',
   'UnclipError': 'types',
   'clip': 'stages.clip',
+  'configs': 'configs',
+  'data': 'data',
   'decoder': 'stages.decoder',
+  'diffusion': 'diffusion',
   'diffusion_prior': 'stages.diffusion_prior',
   'generate': 'systems.unclip',
   'load': 'systems.unclip',
+  'nn': 'nn',
   'preset': 'presets',
+  'presets': 'presets',
+  'stages': 'stages',
   'upsampler': 'stages.upsampler',
+  'weights': 'weights',
 }
 
 
@@ -66,7 +81,7 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
   home = _HOMES[name]
   module = importlib.import_module(f'{__name__}.{home}')
-  return module if home.endswith(f'.{name}') else getattr(module, name)
+  return module if home.rpartition('.')[2] == name else getattr(module, name)
 
 
 def _version() -> str:

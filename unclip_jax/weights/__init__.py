@@ -1,1 +1,15 @@
-"""Files: weights (`safetensors`), model folders (`folder`), training checkpoints (`checkpoint`)."""
+"""Files: weights (`safetensors`), model folders (`folder`), training checkpoints (`checkpoint`).
+
+Modules are imported when they are first used: Orbax, which checkpoints need, takes seconds.
+"""
+
+import importlib
+from types import ModuleType
+
+__all__ = ['checkpoint', 'folder', 'safetensors']
+
+
+def __getattr__(name: str) -> ModuleType:
+  if name not in __all__:
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+  return importlib.import_module(f'{__name__}.{name}')
