@@ -347,6 +347,20 @@ def test_logit_scale_is_held_at_100():
   np.testing.assert_allclose(above, at_limit, rtol=1e-5)
 
 
+def test_logit_scale_beyond_100_comes_back():
+  """Rows that do not match: a smaller scale is better, and gradient descent finds it."""
+  z_i, z_t = jnp.eye(4), jnp.eye(4)[::-1]
+
+  def loss_fn(log_scale):
+    return clip.contrastive_loss(z_i, z_t, log_scale)[0]
+
+  below, above = (float(jax.grad(loss_fn)(jnp.log(scale))) for scale in (99.9, 500.0))
+  assert above > 1
+  np.testing.assert_allclose(above, below, rtol=2e-3)
+  scales = [float(clip.logit_scale(jnp.log(scale))) for scale in (3.0, 100.0, 500.0)]
+  np.testing.assert_allclose(scales, [3, 100, 100], rtol=1e-5)
+
+
 def test_accuracy_is_the_share_of_images_whose_caption_comes_first():
   z = jnp.eye(4)
   _, metrics = clip.contrastive_loss(z, z[jnp.array([0, 1, 3, 2])], jnp.float32(0))
@@ -416,6 +430,34 @@ def test_reranking_keeps_the_candidate_of_the_highest_dot_product():
     np.testing.assert_array_equal(chosen[i], candidates[i, int(np.argmax(scores))])
 
 
+@pytest.mark.parametrize('scale', [None, 2.0, 'per_sample'])
+def test_candidates_of_a_caption_are_what_captions_of_their_own_would_bring(scale):
+  n, params = 2, prior_params()
+  key_b, repeated = keys(3 * n), jax.tree.map(lambda x: jnp.repeat(x, n, axis=0), PROMPTS)
+  if scale is not None:
+    scale = jnp.linspace(0.0, 3.0, 3 * n) if scale == 'per_sample' else jnp.float32(scale)
+
+  @functools.partial(jax.jit, static_argnums=2)
+  def sample(text, null_text, num_candidates):
+    return diffusion_prior.sample(
+      CONFIG.prior,
+      params,
+      STATISTICS,
+      text,
+      null_text,
+      key_b,
+      common.make_plan(CONFIG.prior.diffusion, CONFIG.prior.sampling),
+      samplers.ddpm(),
+      scale,
+      num_candidates=num_candidates,
+    )[0]
+
+  together, apart = sample(*PROMPTS, n), sample(*repeated, 1)
+  assert together.shape == (3 * n, CONFIG.prior.embed_dim)
+  np.testing.assert_allclose(together, apart, atol=1e-5)
+  assert np.abs(together[0] - together[1]).max() > 1e-3
+
+
 def test_statistics_standardise_embeddings():
   z_i = 3 * normal(500, 16) + 2
   mean, std = diffusion_prior.fit_statistics(z_i)
@@ -477,6 +519,7 @@ def test_condition_is_clipped_before_it_is_enlarged():
     (lambda: override_plan('sampling.spacing=even'), r"spacing 'even'.*strided, karlo or fast27"),
     (lambda: override_plan('sampling.num_steps=1001'), r'1001'),
     (lambda: override_plan('sampling.num_steps=0'), r'0'),
+    (lambda: override_plan('sampling.spacing=fast27'), r'fast27 has 27 steps, not 3'),
     (lambda: common.make_sampler('euler', 'learned'), r"sampler 'euler'.*ddpm or ddim"),
     (lambda: common.make_sampler('ddpm', 'huge'), r"variance 'huge'"),
   ],
@@ -493,11 +536,29 @@ def override_plan(assignment):
 
 @pytest.mark.parametrize('spacing', ['strided', 'karlo', 'fast27'])
 def test_plan_has_the_steps_that_the_config_asks_for(spacing):
-  plan = override_plan(f'sampling.spacing={spacing}')
-  assert plan.t.shape == (CONFIG.prior.sampling.num_steps,)
+  if spacing != 'fast27':
+    plan = override_plan(f'sampling.spacing={spacing}')
+    assert plan.t.shape == (CONFIG.prior.sampling.num_steps,)
   plan = common.make_plan(
     CONFIG.prior.diffusion,
     dataclasses.replace(CONFIG.prior.sampling, spacing=spacing, num_steps=27),
   )
   assert plan.t.shape == (27,)
   assert (np.diff(plan.t) < 0).all()
+
+
+def test_dynamic_threshold_bounds_x_0_in_place_of_the_clip():
+  x_0 = 5 * normal(2, 4, 4, 3)
+  step = jax.tree.map(lambda row: row[0], override_plan('sampling.num_steps=3'))
+
+  def predict(**bounds):
+    diffusion = dataclasses.replace(CONFIG.prior.diffusion, prediction='x_0', **bounds)
+    denoise_fn = common.make_denoise_fn(lambda x, emb: x_0, jnp.zeros((3, 1)), diffusion, None)
+    return np.asarray(denoise_fn(normal(2, 4, 4, 3, seed=1), step).x_0)
+
+  np.testing.assert_allclose(predict(), x_0, atol=1e-6)
+  np.testing.assert_allclose(predict(clip_x_0=1.0), np.clip(x_0, -1, 1), atol=1e-6)
+  s = np.percentile(np.abs(x_0).reshape(2, -1), 90, axis=1).reshape(2, 1, 1, 1)
+  expected = np.clip(x_0, -s, s) / s
+  np.testing.assert_allclose(predict(dynamic_threshold=90.0), expected, atol=1e-5)
+  np.testing.assert_allclose(predict(dynamic_threshold=90.0, clip_x_0=0.1), expected, atol=1e-5)

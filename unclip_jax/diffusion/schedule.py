@@ -16,6 +16,7 @@ from unclip_jax.types import Array, Step, UnclipError
 
 # GLIDE's sections for 27 DDIM steps: dense near x_0, sparse near x_T (glide-text2im, respace.py).
 FAST27_SECTIONS = (10, 10, 3, 2, 2)
+FAST27_STEPS = sum(FAST27_SECTIONS)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

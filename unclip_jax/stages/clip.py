@@ -1,5 +1,6 @@
 """CLIP as a stage: initialise, encode, and the contrastive loss (Radford et al. 2021, figure 3)."""
 
+import math
 from typing import Any
 
 import jax
@@ -43,6 +44,14 @@ def encode_text(
   return network.apply({'params': params}, ids_bt, mask_bt, method='encode_text')
 
 
+def logit_scale(log_scale: Array) -> Array:
+  """The scale of the logits, at most 100, from its learned logarithm."""
+  # The gradient passes straight through the bound: a minimum's is zero beyond it, so that a scale
+  # that had once gone there would stay for good.
+  excess = jnp.maximum(log_scale - math.log(MAX_LOGIT_SCALE), 0)
+  return jnp.exp(log_scale - jax.lax.stop_gradient(excess))
+
+
 def contrastive_loss(
   z_i: Array, z_t: Array, log_scale: Array, axis_name: str | None = None
 ) -> tuple[Array, dict[str, Array]]:
@@ -65,7 +74,7 @@ def contrastive_loss(
     all_z_i = jax.lax.all_gather(z_i, axis_name, tiled=True)
     all_z_t = jax.lax.all_gather(z_t, axis_name, tiled=True)
     labels = labels + b * jax.lax.axis_index(axis_name)
-  scale = jnp.minimum(jnp.exp(log_scale), MAX_LOGIT_SCALE)
+  scale = logit_scale(log_scale)
   logits_it, logits_ti = scale * z_i @ all_z_t.T, scale * z_t @ all_z_i.T
 
   def cross_entropy(logits: Array) -> Array:
@@ -90,4 +99,4 @@ def loss(
   network = ClipNetwork(config, dtype)
   z_i, z_t, log_scale = network.apply({'params': params}, image_bhwc, ids_bt, mask_bt)
   value, metrics = contrastive_loss(z_i, z_t, log_scale, axis_name)
-  return value, {**metrics, 'scale': jnp.exp(log_scale)}
+  return value, {**metrics, 'scale': logit_scale(log_scale)}

@@ -28,7 +28,8 @@ def make_plan(diffusion: DiffusionConfig, sampling: SamplingConfig) -> Step:
   """The transitions of a full sampling run, Step of numpy arrays [num_steps].
 
   Raises:
-    UnclipError: an unknown spacing, or more steps than the schedule has, or fewer than 1.
+    UnclipError: an unknown spacing, one that has another number of steps, or more steps than the
+      schedule has, or fewer than 1.
   """
   total, n = diffusion.num_steps, sampling.num_steps
   match sampling.spacing:
@@ -37,10 +38,9 @@ def make_plan(diffusion: DiffusionConfig, sampling: SamplingConfig) -> Step:
     case 'karlo':
       timesteps = schedule.karlo_timesteps(total, n)
     case 'fast27':
-      # 27 is what the spacing is; asking for another number of steps is asking for strides.
-      timesteps = schedule.strided_timesteps(total, n)
-      if n == len(fast27 := schedule.fast27_timesteps(total)):
-        timesteps = fast27
+      if n != schedule.FAST27_STEPS:
+        raise UnclipError(f'fast27 has 27 steps, not {n}: take 27, or the spacing strided')
+      timesteps = schedule.fast27_timesteps(total)
     case _:
       raise UnclipError(f'there is no spacing {sampling.spacing!r}: take strided, karlo or fast27')
   return schedule.make_plan(make_schedule(diffusion), timesteps)
@@ -85,7 +85,11 @@ def make_denoise_fn(
     diffusion: what the network predicts.
     guidance_scale: a scalar or [b]; None runs the conditional half alone.
   """
-  limit = None if diffusion.clip_x_0 is None else guidance.clip_x_0(diffusion.clip_x_0)
+  limit = None
+  if diffusion.dynamic_threshold is not None:
+    limit = guidance.dynamic_threshold(diffusion.dynamic_threshold)
+  elif diffusion.clip_x_0 is not None:
+    limit = guidance.clip_x_0(diffusion.clip_x_0)
 
   def denoise_fn(x_t: Array, step: Step) -> Prediction:
     emb = jax.lax.dynamic_index_in_dim(time_embs, step.index, keepdims=True)

@@ -117,8 +117,11 @@ def sample(
   x_start: Array | None = None,
   with_trajectory: bool = False,
   dtype: Any = jnp.float32,
+  num_candidates: int = 1,
 ) -> tuple[Array, samplers.Trajectory | None]:
-  """Draws one z_i a caption: float32 [b, embed_dim] in CLIP's space.
+  """Draws n = num_candidates z_i a caption: float32 [b * n, embed_dim] in CLIP's space.
+
+  The candidates of a caption stand together; what it needs of the network is computed once.
 
   Args:
     config: the prior's.
@@ -126,19 +129,29 @@ def sample(
     statistics: of the embeddings.
     text: features of b captions.
     null_text: features [b] of what guidance leads away from: empty or negative captions.
-    key_b: typed keys [b].
+    key_b: typed keys [b * n].
     plan: of `common.make_plan`.
     sampler: of `common.make_sampler`.
-    guidance_scale: scalar or [b]; None draws without guidance at half the cost.
-    x_start: [b, embed_dim] the noise to start from (standardised); drawn from the keys if None.
+    guidance_scale: scalar or [b * n]; None draws without guidance at half the cost.
+    x_start: [b * n, embed_dim] the noise to start from (standardised); drawn from the keys if None.
     with_trajectory: whether to return what lay between (standardised).
     dtype: the network's.
+    num_candidates: n.
   """
   if x_start is None:
     x_start = samplers.start_noise(key_b, (config.embed_dim,))
   network, variables = PriorNetwork(config, dtype), {'params': params}
   pair = text if guidance_scale is None else guidance.interleave(text, null_text)
   prefix = network.apply(variables, pair, method='encode_prefix')
+  if num_candidates > 1:
+    b = text.ids.shape[0]
+
+    def each(x: Array) -> Array:
+      """A caption's row, or its pair of rows, once for each candidate."""
+      rows = jnp.repeat(x.reshape(b, -1, *x.shape[1:]), num_candidates, axis=0)
+      return rows.reshape(-1, *x.shape[1:])
+
+    prefix = jax.tree.map(each, prefix)
   time_embs = network.apply(variables, plan.t, method='encode_time')
   denoise_fn = make_denoise_fn(
     lambda x, emb: network.apply(variables, x, emb, prefix),
