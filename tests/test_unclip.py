@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -17,8 +18,9 @@ from tiny_model import CONFIG, TEXTS, load_tiny, make_params, without, write_tin
 
 import unclip_jax
 from unclip_jax import Sampling, StartNoise, UnclipError
-from unclip_jax.diffusion import samplers
+from unclip_jax.diffusion import samplers, schedule
 from unclip_jax.stages import clip, common, decoder, diffusion_prior, upsampler
+from unclip_jax.systems import programs, settings
 
 ROOT = Path(__file__).parent.parent
 APPLE, ROCKET, CATS = TEXTS
@@ -289,13 +291,6 @@ def test_a_nan_on_the_way_names_its_stage(model):
     broken.generate([APPLE, ROCKET], 7, 2, size=16)
 
 
-def test_the_folder_of_a_training_run_is_a_model(tmp_path, four):
-  write_tiny_model(tmp_path / 'run' / 'export')
-  model = unclip_jax.load(str(tmp_path / 'run'))
-  again = model.generate([APPLE, ROCKET], 7, 2)
-  np.testing.assert_array_equal(again, four.images)
-
-
 def test_a_model_of_the_first_version_opens():
   folder = Path(__file__).parent / 'golden' / 'model_v1'
   model = unclip_jax.load(folder)
@@ -309,12 +304,90 @@ def test_a_model_of_the_first_version_opens():
   assert model.encode_text('apple').shape == (1, 4)
 
 
-def test_a_long_prompt_is_cut_and_the_warning_shows_what_went(model):
+@pytest.mark.parametrize('call', ['sample', 'generate', 'package', 'encode_text'])
+def test_a_long_prompt_is_cut_and_the_warning_shows_what_went_where(model, monkeypatch, call):
   text = APPLE + ' and a very long story about everything else'
+  monkeypatch.setattr('unclip_jax.systems.unclip._default', lambda: model)
+  calls = {
+    'sample': lambda prompts: model.sample(prompts, 7, 2).images,
+    'generate': lambda prompts: model.generate(prompts, 7, 2),
+    'package': lambda prompts: unclip_jax.generate(prompts, 7, 2),
+    'encode_text': lambda prompts: model.encode_text(prompts * 2),
+  }
   with pytest.warns(UserWarning, match='cut off.*everything else') as caught:
-    images = model.sample([text, ROCKET], 7, 2, size=16).images
+    made = calls[call]([text, ROCKET])
   assert Path(caught[0].filename) == Path(__file__)
-  assert len(images) == 4
+  assert len(made) == 4
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_products_of_float32_are_not_rounded_on_any_machine(model, dtype):
+  """Every program, as it is handed to the compiler of whatever device there is."""
+  params, d = model.params, CONFIG.prior.embed_dim
+  tokens = model.tokenizer.encode([APPLE])
+  text = programs.encode_text(params['clip'], *tokens, config=CONFIG.clip, dtype=jnp.float32)
+  key_b = programs.image_keys(np.uint32(7), np.zeros(1, np.uint32))
+  one, two = np.float32(1), np.float32(2)
+
+  def noise(size):
+    return np.zeros((1, size, size, 3), np.float32)
+
+  def lowered(program, config, *args, **options):
+    if 'with_trajectory' in options:
+      sampling = config.sampling
+      options |= {'sampler': sampling.sampler, 'variance': sampling.variance}
+    with jax.default_matmul_precision('default'):
+      return program.lower(*args, config=config, dtype=jnp.dtype(dtype), **options).as_text()
+
+  def plan(config):
+    return common.make_plan(config.diffusion, config.sampling)
+
+  up = CONFIG.upsamplers[0]
+  start = np.zeros((1, 2, d), np.float32)
+  sampled = {'with_trajectory': False}
+  texts = [
+    lowered(programs.encode_text, CONFIG.clip, params['clip'], *tokens),
+    lowered(programs.encode_image, CONFIG.clip, params['clip'], noise(16)),
+    lowered(
+      programs.sample_prior, CONFIG.prior, params['prior'], text, text,
+      programs.candidate_keys(key_b, num_candidates=2), plan(CONFIG.prior), two, one, start,
+      **sampled,
+    ),
+    lowered(
+      programs.sample_decoder, CONFIG.decoder, params['decoder'], text, text, text.z_t, key_b,
+      plan(CONFIG.decoder), two, one, noise(16), **sampled,
+    ),
+    lowered(
+      programs.sample_upsampler, up, params['upsampler_0'], noise(16), key_b, plan(up), one,
+      noise(32), **sampled,
+    ),
+  ]  # fmt: skip
+  for program in texts:
+    products = re.findall(r'stablehlo\.(?:dot_general|convolution).*', program)
+    assert products
+    exact = [line for line in products if 'HIGHEST' in line]
+    if dtype == 'float32':
+      assert exact == products
+    else:
+      # Resizing asks for it by itself.
+      assert len(exact) < len(products) / 4
+
+
+def test_another_number_of_steps_than_27_is_strided_and_says_so():
+  stage = unclip_jax.preset('emoji').upsamplers[0]
+  assert stage.sampling.spacing == 'fast27'
+  for asked, spacing, timesteps in (
+    (Sampling(), 'fast27', schedule.fast27_timesteps(1000)),
+    (Sampling(num_steps=27), 'fast27', schedule.fast27_timesteps(1000)),
+    (Sampling(num_steps=10), 'strided', schedule.strided_timesteps(1000, 10)),
+    (Sampling(num_steps=9, spacing='karlo'), 'karlo', schedule.karlo_timesteps(1000, 9)),
+  ):
+    resolved = settings.resolve('upsampler', stage.diffusion, stage.sampling, asked)
+    np.testing.assert_array_equal(resolved.plan.t, timesteps)
+    assert settings.describe(stage.sampling, asked)['spacing'] == spacing
+  with pytest.raises(UnclipError, match='upsampler: fast27 has 27 steps, not 10'):
+    asked = Sampling(num_steps=10, spacing='fast27')
+    settings.resolve('upsampler', stage.diffusion, stage.sampling, asked)
 
 
 SHARDED = """
@@ -348,6 +421,9 @@ def test_importing_is_light_and_names_what_is_public():
     start = time.process_time()
     import unclip_jax
     assert 'jax' not in sys.modules
+    assert callable(unclip_jax.stages.decoder.sample)
+    assert callable(unclip_jax.diffusion.samplers.sample_loop)
+    assert unclip_jax.nn.unet and unclip_jax.data.tokenizer and unclip_jax.weights.folder
     for name in dir(unclip_jax):
       getattr(unclip_jax, name)
     assert time.process_time() - start < 2, time.process_time() - start
@@ -359,3 +435,8 @@ def test_importing_is_light_and_names_what_is_public():
   assert done.returncode == 0, done.stderr
   with pytest.raises(AttributeError, match='no attribute'):
     unclip_jax.nothing  # noqa: B018
+  for package in (unclip_jax.data, unclip_jax.weights):
+    with pytest.raises(AttributeError, match='no attribute'):
+      package.nothing  # noqa: B018
+    for name in package.__all__:
+      assert getattr(package, name).__name__ == f'{package.__name__}.{name}'

@@ -5,6 +5,7 @@ program (config, sampler, shapes, whether there is guidance) is static; the rest
 another prompt, seed, guidance scale or eta compiles nothing.
 """
 
+import contextlib
 import functools
 from typing import Any, NamedTuple
 
@@ -32,6 +33,16 @@ class Sampled(NamedTuple):
 
   x_0: Array
   trajectory: Trajectory | None
+
+
+def _precision(dtype: Any) -> contextlib.AbstractContextManager[None]:
+  """Lets float32 be float32 in what is traced within: the same picture on every machine.
+
+  Left alone, a TPU rounds the factors of a product to bfloat16, and a GPU may to TF32.
+  """
+  if jnp.dtype(dtype) == jnp.float32:
+    return jax.default_matmul_precision('highest')
+  return contextlib.nullcontext()
 
 
 @jax.jit
@@ -73,7 +84,8 @@ def encode_text(
   params: Params, ids_bt: Array, mask_bt: Array, *, config: ClipConfig, dtype: Any
 ) -> TextFeatures:
   """CLIP's features of tokenised captions."""
-  return clip.encode_text(config, params, ids_bt, mask_bt, dtype)
+  with _precision(dtype):
+    return clip.encode_text(config, params, ids_bt, mask_bt, dtype)
 
 
 @functools.partial(jax.jit, static_argnames=('config', 'dtype'))
@@ -84,7 +96,8 @@ def encode_image(params: Params, image_bhwc: Array, *, config: ClipConfig, dtype
   shape = (image_bhwc.shape[0], config.vision.image_size, config.vision.image_size, 3)
   if image_bhwc.shape != shape:
     image_bhwc = jax.image.resize(image_bhwc, shape, 'cubic', antialias=True)
-  return clip.encode_image(config, params, jnp.clip(image_bhwc, -1, 1), dtype)
+  with _precision(dtype):
+    return clip.encode_image(config, params, jnp.clip(image_bhwc, -1, 1), dtype)
 
 
 @functools.partial(
@@ -108,22 +121,23 @@ def sample_prior(
 ) -> Sampled:
   """Draws n embeddings [b, n, d] a caption and keeps the one nearest to z_t (section 2.2)."""
   b, n, d = x_start_bnd.shape
-  each = functools.partial(jnp.repeat, repeats=n, axis=0)
-  z_i, trajectory = diffusion_prior.sample(
-    config,
-    params['network'],
-    diffusion_prior.Statistics(**params['statistics']),
-    jax.tree.map(each, text),
-    jax.tree.map(each, null_text),
-    key_bn.reshape(b * n),
-    plan,
-    common.make_sampler(sampler, variance, eta),
-    guidance_scale,
-    x_start_bnd.reshape(b * n, d),
-    with_trajectory,
-    dtype,
-  )
-  z_i = diffusion_prior.rerank(z_i.reshape(b, n, d), text.z_t)
+  with _precision(dtype):
+    z_i, trajectory = diffusion_prior.sample(
+      config,
+      params['network'],
+      diffusion_prior.Statistics(**params['statistics']),
+      text,
+      null_text,
+      key_bn.reshape(b * n),
+      plan,
+      common.make_sampler(sampler, variance, eta),
+      guidance_scale,
+      x_start_bnd.reshape(b * n, d),
+      with_trajectory,
+      dtype,
+      num_candidates=n,
+    )
+    z_i = diffusion_prior.rerank(z_i.reshape(b, n, d), text.z_t)
   trajectory = jax.tree.map(lambda x: x.reshape(x.shape[0], b, n, d), trajectory)
   return Sampled(z_i, trajectory)
 
@@ -149,20 +163,21 @@ def sample_decoder(
   dtype: Any,
 ) -> Sampled:
   """Draws an image from each z_i and its caption."""
-  image, trajectory = decoder.sample(
-    config,
-    params,
-    text,
-    null_text,
-    z_i,
-    key_b,
-    plan,
-    common.make_sampler(sampler, variance, eta),
-    guidance_scale,
-    x_start,
-    with_trajectory,
-    dtype,
-  )
+  with _precision(dtype):
+    image, trajectory = decoder.sample(
+      config,
+      params,
+      text,
+      null_text,
+      z_i,
+      key_b,
+      plan,
+      common.make_sampler(sampler, variance, eta),
+      guidance_scale,
+      x_start,
+      with_trajectory,
+      dtype,
+    )
   return Sampled(image, trajectory)
 
 
@@ -184,17 +199,18 @@ def sample_upsampler(
   dtype: Any,
 ) -> Sampled:
   """Draws the large images of small ones."""
-  image, trajectory = upsampler.sample(
-    config,
-    params,
-    low_bhwc,
-    key_b,
-    plan,
-    common.make_sampler(sampler, variance, eta),
-    x_start,
-    with_trajectory,
-    dtype,
-  )
+  with _precision(dtype):
+    image, trajectory = upsampler.sample(
+      config,
+      params,
+      low_bhwc,
+      key_b,
+      plan,
+      common.make_sampler(sampler, variance, eta),
+      x_start,
+      with_trajectory,
+      dtype,
+    )
   return Sampled(image, trajectory)
 
 

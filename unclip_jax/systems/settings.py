@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from unclip_jax.configs import DiffusionConfig, SamplingConfig, UnclipConfig
+from unclip_jax.diffusion.schedule import FAST27_STEPS
 from unclip_jax.stages import common
 from unclip_jax.types import Step, UnclipError
 
-SAMPLERS = ('ddpm', 'ddim')
 DTYPES = ('float32', 'bfloat16')
 _MAX_SEED = 2**32 - 1
 
@@ -59,8 +59,13 @@ class StageSettings(NamedTuple):
 
 
 def merge(default: SamplingConfig, asked: Sampling) -> SamplingConfig:
-  """A model's own settings, changed where the caller asks for something else."""
+  """A model's own settings, changed where the caller asks for something else.
+
+  Asking a model whose spacing is fast27 for another number of steps is asking for strides.
+  """
   changes = {name: value for name, value in dataclasses.asdict(asked).items() if value is not None}
+  if default.spacing == 'fast27' and changes.get('num_steps', FAST27_STEPS) != FAST27_STEPS:
+    changes.setdefault('spacing', 'strided')
   return dataclasses.replace(default, **changes)
 
 
@@ -92,8 +97,11 @@ def resolve(
     UnclipError: a setting does not exist, is out of range, or would be without effect.
   """
   sampling = merge(default, asked)
-  if sampling.sampler not in SAMPLERS:
-    raise UnclipError(f'{name}: there is no sampler {sampling.sampler!r}: take ddpm or ddim')
+  try:
+    common.make_sampler(sampling.sampler, sampling.variance)
+    plan = common.make_plan(diffusion, sampling)
+  except UnclipError as error:
+    raise UnclipError(f'{name}: {error}') from error
   if sampling.sampler == 'ddpm' and asked.eta is not None:
     raise UnclipError(f'{name}: eta is without effect on ddpm: take the sampler ddim with it')
   if sampling.sampler == 'ddim' and asked.variance is not None:
@@ -109,11 +117,6 @@ def resolve(
     raise UnclipError(f'{name}: guidance scale {scale:g} is negative: take 0 or more')
   if not 0 <= eta <= 1:
     raise UnclipError(f'{name}: eta {eta:g} is not within 0..1')
-  try:
-    plan = common.make_plan(diffusion, sampling)
-    common.make_sampler(sampling.sampler, sampling.variance)
-  except UnclipError as error:
-    raise UnclipError(f'{name}: {error}') from error
   guidance_scale = None if scale == 1 else np.float32(scale)
   return StageSettings(plan, guidance_scale, np.float32(eta), sampling.sampler, sampling.variance)
 

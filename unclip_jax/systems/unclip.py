@@ -10,6 +10,7 @@ that they can be compared.
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from warnings import warn
@@ -28,6 +29,7 @@ from unclip_jax.systems.settings import Sampling
 from unclip_jax.types import Array, Params, UnclipError
 
 _AS_THE_MODEL = Sampling()
+_PACKAGE = __name__.partition('.')[0]
 _SHOWN = 60
 
 
@@ -276,7 +278,7 @@ class Unclip:
         warn(
           f'the prompt {shown!r} is longer than the {self.tokenizer.context_length} tokens that '
           f'the model reads; this was cut off: {cut!r}',
-          stacklevel=3,
+          stacklevel=_level_of_the_user(),
         )
 
   def _params_of(self, stage: str) -> Params:
@@ -323,6 +325,14 @@ def generate(prompts: str | Sequence[str], seed: int = 0, num_images: int = 1) -
     UnclipError: as `Unclip.generate`.
   """
   return _default().generate(prompts, seed, num_images)
+
+
+def _level_of_the_user() -> int:
+  """The `stacklevel` with which the caller's warning points out of the package."""
+  level, frame = 1, sys._getframe(1)
+  while frame.f_back and frame.f_globals.get('__name__', '').partition('.')[0] == _PACKAGE:
+    level, frame = level + 1, frame.f_back
+  return level
 
 
 def _given(what: str, value: Any, n: int, shape: tuple[int, ...]) -> np.ndarray | None:
