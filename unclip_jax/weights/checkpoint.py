@@ -18,13 +18,9 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from unclip_jax.types import UnclipError
+from unclip_jax.weights.safetensors import _named_leaves
 
 State = TypeVar('State')
-
-
-def _names_and_leaves(tree: Any) -> dict[str, Any]:
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {jax.tree_util.keystr(path, simple=True, separator='.'): leaf for path, leaf in leaves}
 
 
 def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -122,7 +118,7 @@ class Checkpoints:
       found = _or_none(lambda: self._manager.metadata(step).metadata)
       if not found:
         raise UnclipError(damaged)
-      _check_same(_names_and_leaves(abstract), _names_and_leaves(found), path)
+      _check_same(_named_leaves(abstract), _named_leaves(found), path)
       state = _or_none(lambda: self._manager.load(step, abstract))
       if state is None:
         raise UnclipError(damaged)
