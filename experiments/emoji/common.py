@@ -20,6 +20,7 @@ from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.nn.clip import TextFeatures
 from unclip_jax.presets import preset
 from unclip_jax.stages import clip
+from unclip_jax.systems.loading import check_config
 from unclip_jax.train.state import (
   Metrics,
   OptimizerConfig,
@@ -127,6 +128,7 @@ def parse_options(
   config = configs.override(fit_to_tokenizer(preset(args.preset)), theirs)
   if args.stage not in range(len(config.upsamplers)):
     raise UnclipError(f'--stage {args.stage}: the preset has {len(config.upsamplers)} upsamplers')
+  check_config(config)
   return TrainConfig(
     run=args.run,
     config=config,

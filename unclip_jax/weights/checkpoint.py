@@ -18,7 +18,7 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from unclip_jax.types import UnclipError
-from unclip_jax.weights.safetensors import _named_leaves
+from unclip_jax.weights.safetensors import named_leaves
 
 State = TypeVar('State')
 
@@ -118,7 +118,7 @@ class Checkpoints:
       found = _or_none(lambda: self._manager.metadata(step).metadata)
       if not found:
         raise UnclipError(damaged)
-      _check_same(_named_leaves(abstract), _named_leaves(found), path)
+      _check_same(named_leaves(abstract), named_leaves(found), path)
       state = _or_none(lambda: self._manager.load(step, abstract))
       if state is None:
         raise UnclipError(damaged)

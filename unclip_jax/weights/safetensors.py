@@ -37,7 +37,7 @@ def save_params(path: os.PathLike[str] | str, params: Params, dtype: Any = None)
   """
   path = epath.Path(path)
   tensors = {}
-  for name, leaf in _named_leaves(params).items():
+  for name, leaf in named_leaves(params).items():
     array = np.ascontiguousarray(jax.device_get(leaf)).reshape(leaf.shape)
     is_matrix = array.ndim > 1 and not name.endswith('bias')
     if dtype is not None and is_matrix and jnp.issubdtype(array.dtype, jnp.floating):
@@ -70,7 +70,7 @@ def load_params(path: os.PathLike[str] | str, expected: Params, dtype: Any = Non
       missing, not wanted, of another shape or kind, or holds a NaN. The message names both.
   """
   path = epath.Path(path)
-  wanted = _named_leaves(expected)
+  wanted = named_leaves(expected)
   with _local_copy(path) as local, _opened(local, path) as file:
     _check_names(path, set(file.keys()), wanted)
     for name, leaf in wanted.items():
@@ -128,7 +128,8 @@ class _File(Protocol):
   def get_tensor(self, name: str) -> np.ndarray: ...
 
 
-def _named_leaves(tree: Params) -> dict[str, Any]:
+def named_leaves(tree: Params) -> dict[str, Any]:
+  """The leaves of nested dicts by their names, the keys on the way joined by dots."""
   named: dict[str, Any] = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
     name = jax.tree_util.keystr(path, simple=True, separator='.')
