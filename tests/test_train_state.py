@@ -151,6 +151,18 @@ def test_learning_rate_rises_then_falls():
   np.testing.assert_allclose([rate(s) for s in steps], wanted, rtol=1e-5)
 
 
+def test_a_decay_may_take_the_last_updates_only():
+  config = OptimizerConfig(
+    learning_rate=0.4, warmup_steps=4, decay='cosine', decay_steps=10, final_scale=0.25
+  )
+  rate, steps = make_learning_rate(config, 24), np.arange(25)
+  cosine = 0.4 * (0.25 + 0.75 * 0.5 * (1 + np.cos(np.pi * (steps - 14) / 10)))
+  wanted = np.where(steps < 4, 0.4 * (steps + 1) / 4, np.where(steps < 14, 0.4, cosine))
+  np.testing.assert_allclose([float(rate(i)) for i in steps], wanted, rtol=1e-5)
+  with pytest.raises(UnclipError, match='a decay of 10 steps does not fit the 9 after'):
+    make_learning_rate(config, 13)
+
+
 def test_learning_rate_without_warmup_is_constant():
   rate = make_learning_rate(OptimizerConfig(learning_rate=0.4), 24)
   assert [float(rate(s)) for s in (0, 23)] == [pytest.approx(0.4)] * 2

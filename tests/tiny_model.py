@@ -70,3 +70,8 @@ def without(model: Unclip, stage: str) -> Unclip:
 def load_tiny(folder: Path, **options) -> Unclip:
   """Writes and opens the model."""
   return load(write_tiny_model(folder), **options)
+
+
+def levels_apart(a, b) -> int:
+  """The most that two images differ by, in grey levels."""
+  return int(np.abs(np.asarray(a, int) - np.asarray(b, int)).max())

@@ -48,6 +48,9 @@ class OptimizerConfig:
     weight_decay: decoupled; not applied to biases and norms.
     warmup_steps: steps over which the learning rate rises linearly from 0.
     decay: 'constant', or 'cosine' down to `final_scale` of the peak at the end of the run.
+    decay_steps: the updates at the end of the run that the cosine takes; None, all after the
+      warm-up. A run of constant rate can so be decayed at any of its checkpoints, and go on from
+      there as if it had not been.
     final_scale: in [0, 1], the part of the peak left at the end of the cosine.
     max_grad_norm: gradients of a larger global norm are scaled down to it; None clips nothing.
   """
@@ -59,6 +62,7 @@ class OptimizerConfig:
   weight_decay: float = 0.0
   warmup_steps: int = 0
   decay: str = 'constant'
+  decay_steps: int | None = None
   final_scale: float = 0.0
   max_grad_norm: float | None = 1.0
 
@@ -67,7 +71,7 @@ def make_learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Sched
   """Returns the learning rate as a function of the number of updates made.
 
   Raises:
-    UnclipError: an unknown decay, or a warm-up that is longer than the run.
+    UnclipError: an unknown decay, or a warm-up or a decay that is longer than the run.
   """
   if config.decay not in ('constant', 'cosine'):
     raise UnclipError(f"unknown decay {config.decay!r}: choose 'constant' or 'cosine'")
@@ -76,12 +80,17 @@ def make_learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Sched
       f'a warm-up of {config.warmup_steps} steps does not fit a run of {total_steps}: '
       'set warmup_steps between 0 and the number of steps'
     )
-  peak = config.learning_rate
+  peak, steps = config.learning_rate, total_steps - config.warmup_steps
+  decay_steps = steps if config.decay_steps is None else config.decay_steps
+  if not 0 <= decay_steps <= steps:
+    raise UnclipError(
+      f'a decay of {decay_steps} steps does not fit the {steps} after the warm-up: '
+      'set decay_steps lower, or train more steps'
+    )
   after = optax.constant_schedule(peak)
   if config.decay == 'cosine':
-    after = optax.cosine_decay_schedule(
-      peak, max(1, total_steps - config.warmup_steps), alpha=config.final_scale
-    )
+    decay = optax.cosine_decay_schedule(peak, max(1, decay_steps), alpha=config.final_scale)
+    after = optax.join_schedules([after, decay], [steps - decay_steps])
   if config.warmup_steps == 0:
     return after
   # The first update is made at 1 / warmup_steps of the peak: at 0 it would be a step wasted.
