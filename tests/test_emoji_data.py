@@ -260,6 +260,14 @@ def test_styles_and_groups_restrict(sprites):
   drawn = np.concatenate([examples.sprite_index, examples.second_index])
   assert set(sprites.style[drawn]) == {'flat', '3d'}
   assert set(sprites.group[drawn]) == {'food-drink'}
+  labelled = pool.make_pool(16, 200, seed=0, groups=('flags',), labels=('rocket', 'sun'))
+  assert set(sprites.label[labelled.sprite_index]) >= {'rocket', 'sun'}
+  others = set(sprites.label[labelled.sprite_index]) - {'rocket', 'sun'}
+  assert others == set(sprites.label[(sprites.group == 'flags') & (sprites.split == 'train')])
+  with pytest.raises(UnclipError, match="unknown label 'rockets': choose from rocket"):
+    pool.make_pool(16, 1, seed=0, groups=('flags',), labels=('rockets',))
+  with pytest.raises(UnclipError, match='labels add to groups'):
+    pool.make_pool(16, 1, seed=0, labels=('rocket',))
   with pytest.raises(UnclipError, match=r"unknown style 'oil'.*noto"):
     pool.make_pool(16, 1, seed=0, styles=('oil',))
   with pytest.raises(UnclipError, match="unknown split 'test'"):

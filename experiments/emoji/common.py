@@ -48,7 +48,7 @@ class TrainConfig:
     save_every: updates between checkpoints.
     minutes: stop, with a checkpoint, after so long; None trains all steps.
     pool_size: composed examples held in memory, from which batches are drawn.
-    styles, groups, scene_fraction: what is drawn, see `CaptionedEmoji`.
+    styles, groups, labels, scene_fraction: what is drawn, see `CaptionedEmoji`.
     stage: which of the upsamplers.
     data: folder of a build; None is the one that comes with the repository.
     seed: of everything random.
@@ -67,6 +67,7 @@ class TrainConfig:
   pool_size: int
   styles: tuple[str, ...] | None
   groups: tuple[str, ...] | None
+  labels: tuple[str, ...]
   scene_fraction: float
   stage: int
   data: Path | None
@@ -108,6 +109,7 @@ def parse_options(
   add('--pool-size', type=int, default=pool_size, help='composed examples held in memory')
   add('--styles', nargs='+', default=None, help='of flat 3d noto twemoji (all)')
   add('--groups', nargs='+', default=None, help="emojibase's, such as food-drink (all)")
+  add('--labels', nargs='+', default=(), help='objects beside those of --groups, such as rocket')
   add('--scene-fraction', type=float, default=0.15, help='pictures of two objects')
   add('--stage', type=int, default=0, help='which of the upsamplers, by train_upsampler')
   add('--data', type=Path, default=None, help='a build of experiments.emoji.build')
@@ -142,6 +144,7 @@ def parse_options(
     pool_size=args.pool_size,
     styles=tuple(args.styles) if args.styles else None,
     groups=tuple(args.groups) if args.groups else None,
+    labels=tuple(args.labels),
     scene_fraction=args.scene_fraction,
     stage=args.stage,
     data=args.data,
@@ -169,9 +172,9 @@ def save_options(train: TrainConfig, folder: Path) -> None:
   options = {
     name: value if isinstance(value, int | float | None) else str(value)
     for name, value in vars(train).items()
-    if name not in ('config', 'optimizer', 'styles', 'groups')
+    if name not in ('config', 'optimizer', 'styles', 'groups', 'labels')
   }
-  options |= {'styles': train.styles, 'groups': train.groups}
+  options |= {'styles': train.styles, 'groups': train.groups, 'labels': train.labels}
   options |= {'config': configs.to_json(train.config), 'optimizer': vars(train.optimizer)}
   folder.mkdir(parents=True, exist_ok=True)
   (folder / 'options.json').write_text(json.dumps(options, indent=2) + '\n')
@@ -212,6 +215,7 @@ def compose(
     splits=splits,
     styles=train.styles,
     groups=train.groups,
+    labels=train.labels,
     scene_fraction=train.scene_fraction if splits == ('train',) else 0.0,
     data_dir=train.data,
   )

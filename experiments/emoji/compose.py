@@ -5,6 +5,7 @@ bleed into the edges.
 """
 
 import dataclasses
+import difflib
 import functools
 import io
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ SHIPPED = Path(__file__).parent / 'data' / '64px'
 
 OBJECT_SCALE = 0.92  # of the picture's side: a rim of background tells its colour
 SCENE_SCALE = 0.46
+MAX_LISTED = 20  # names in an error; of more, the nearest
 MAX_SHARED = 8  # concepts that may share a keyword
 CACHE_BYTES = 512 * 2**20
 SCENE_OFFSET = 0.245  # of an object's centre from the picture's
@@ -147,6 +149,7 @@ class CaptionedEmoji:
     splits: Sequence[str] = ('train',),
     styles: Sequence[str] | None = None,
     groups: Sequence[str] | None = None,
+    labels: Sequence[str] = (),
     scene_fraction: float = 0.15,
     jitter: float = 0.04,
   ):
@@ -160,20 +163,24 @@ class CaptionedEmoji:
       splits: which splits the pictures belong to. A scene belongs to the strictest of its objects'.
       styles: restricts the styles; None is all.
       groups: restricts emojibase's groups, e.g. ('food-drink',); None is all.
+      labels: names of objects that are drawn although their groups are not, e.g. ('rocket',).
       scene_fraction: how many pictures show two objects.
       jitter: largest relative change of scale, and largest shift relative to the picture's side.
 
     Raises:
-      UnclipError: an unknown split, style or group, or no sprite fits.
+      UnclipError: an unknown split, style, group or label, or no sprite fits.
     """
     _check_known('split', splits, SPLITS)
     _check_known('style', styles or (), np.unique(sprites.style))
     _check_known('group', groups or (), np.unique(sprites.group))
+    _check_known('label', labels, np.unique(sprites.label))
+    if labels and groups is None:
+      raise UnclipError('labels add to groups, and without groups all objects are drawn already')
     fits = np.ones(len(sprites), bool)
     if styles is not None:
       fits &= np.isin(sprites.style, styles)
     if groups is not None:
-      fits &= np.isin(sprites.group, groups)
+      fits &= np.isin(sprites.group, groups) | np.isin(sprites.label, labels)
     self._strictness = np.array([SPLITS.index(split) for split in sprites.split])
     self._primary = np.flatnonzero(fits & np.isin(sprites.split, splits))
     if not len(self._primary):
@@ -299,7 +306,9 @@ def _specific(keywords: list[list[str]], concept: np.ndarray) -> list[list[str]]
 def _check_known(kind: str, asked: Sequence[str], known: Sequence[str]) -> None:
   for name in asked:
     if name not in known:
-      raise UnclipError(f'unknown {kind} {name!r}: choose from {", ".join(map(str, known))}')
+      near = difflib.get_close_matches(name, known) if len(known) > MAX_LISTED else known
+      choices = ', '.join(map(str, near)) or 'those of the data set'
+      raise UnclipError(f'unknown {kind} {name!r}: choose from {choices}')
 
 
 def _text(value: bytes | str) -> str:

@@ -39,6 +39,7 @@ def captioned_emoji(
   splits: Sequence[str] = ('train',),
   styles: Sequence[str] | None = None,
   groups: Sequence[str] | None = None,
+  labels: Sequence[str] = (),
   scene_fraction: float = 0.15,
   jitter: float = 0.04,
   data_dir: Path | None = None,
@@ -52,16 +53,17 @@ def captioned_emoji(
     splits: which splits the pictures belong to. A scene belongs to the strictest of its objects'.
     styles: restricts the styles; None is all.
     groups: restricts emojibase's groups, e.g. ('food-drink',); None is all.
+    labels: names of objects that are drawn although their groups are not, e.g. ('rocket',).
     scene_fraction: how many pictures show two objects.
     jitter: largest relative change of scale, and largest shift relative to the picture's side.
     data_dir: the folder of a build; None is the 64 px build that comes with the repository.
 
   Raises:
-    UnclipError: no build there, a shard cut short, or an unknown split, style or group.
+    UnclipError: no build there, a shard cut short, or an unknown split, style, group or label.
   """
   sprites = load_sprites(data_dir)
   source = CaptionedEmoji(
-    sprites, size, num_examples, seed, splits, styles, groups, scene_fraction, jitter
+    sprites, size, num_examples, seed, splits, styles, groups, labels, scene_fraction, jitter
   )
   return grain.MapDataset.source(source)
 
@@ -73,13 +75,14 @@ def make_pool(
   splits: Sequence[str] = ('train',),
   styles: Sequence[str] | None = None,
   groups: Sequence[str] | None = None,
+  labels: Sequence[str] = (),
   scene_fraction: float = 0.15,
   jitter: float = 0.04,
   data_dir: Path | None = None,
 ) -> Pool:
   """Composes `num_examples` examples into arrays; arguments and errors as for `captioned_emoji`."""
   dataset = captioned_emoji(
-    size, num_examples, seed, splits, styles, groups, scene_fraction, jitter, data_dir
+    size, num_examples, seed, splits, styles, groups, labels, scene_fraction, jitter, data_dir
   )
   images = np.empty((num_examples, size, size, 3), np.uint8)
   rows = []

@@ -49,6 +49,7 @@ def captions_of(options: dict, split: str, num: int) -> list[str]:
     splits=(split,),
     styles=options['styles'],
     groups=options['groups'],
+    labels=options['labels'],
     scene_fraction=0.0,
   )
   chosen: dict[int, str] = {}
@@ -96,11 +97,13 @@ def main() -> None:
     labelled_grid(images, captions).save(args.images / name, quality=80)
     sections.append(f'## {what}\n\n![{len(captions)} samples]({args.images.name}/{name})\n')
   print('# The embedded emoji model\n')
+  groups, labels = (', '.join(options[name] or ()) for name in ('groups', 'labels'))
+  domain = f'the groups {groups}' + (f', and of: {labels}' if labels else '') if groups else 'all'
   print(
-    f'Trained on styles {", ".join(options["styles"] or ["all"])} of the groups '
-    f'{", ".join(options["groups"] or ["all"])}; {options["scene_fraction"]:.0%} of the pictures '
-    f'show two objects. Sampled with jax {jax.__version__} on {jax.devices()[0].device_kind}: '
-    'image i of seed 0 for caption i, with the settings of the model.\n'
+    f'Trained on styles {", ".join(options["styles"] or ["all"])} of {domain}. '
+    f'{options["scene_fraction"]:.0%} of the pictures show two objects. Sampled with jax '
+    f'{jax.__version__} on {jax.devices()[0].device_kind}: image i of seed 0 for caption i, with '
+    'the settings of the model.\n'
   )
   print('| stage | updates | examples | hours | mean of the last twentieth of the run |')
   print('|---|---|---|---|---|')
