@@ -373,6 +373,8 @@ def test_a_model_that_is_not_whole(capsys, model, tmp_path, damage):
     (['clip.text.num_heads=5'], r'clip\.text\.num_heads is 5'),
     (['clip.vision.num_heads=5'], r'clip\.vision\.num_heads is 5'),
     (['decoder.text.num_heads=5'], r'decoder\.text\.num_heads is 5'),
+    (['decoder.image_drop=-0.1'], r'decoder\.image_drop is -0\.1: take a fraction'),
+    (['upsamplers.0.blur_fraction=2.0'], r'upsamplers\.0\.blur_fraction is 2: take a fraction'),
   ],
 )
 def test_a_config_that_cannot_be_names_its_fields(assignments, match):

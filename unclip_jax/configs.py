@@ -157,6 +157,7 @@ class UpsamplerConfig:
   crop_fraction: float = 0.25
   degradation: str = 'blur'  # or 'bsr'
   blur_sigma: float = 0.6
+  blur_fraction: float = 1.0  # of the crops; what is always blurred in training is sharpened twice
   final_unet: bool = False  # Karlo: a second network takes the last step
 
 

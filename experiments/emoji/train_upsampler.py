@@ -70,7 +70,9 @@ def main(argv: list[str] | None = None) -> None:
   def loss_fn(params, batch, key):
     image, low = common.to_float(batch['image']), common.to_float(batch['low'])
     if config.degradation == 'blur':
-      low = gaussian_blur(low, sigma=config.blur_sigma)
+      key_blur, key = jax.random.split(key)
+      is_blurred = jax.random.bernoulli(key_blur, config.blur_fraction, (len(low), 1, 1, 1))
+      low = jnp.where(is_blurred, gaussian_blur(low, sigma=config.blur_sigma), low)
     return upsampler.loss(config, params, image, low, key, train.dtype)
 
   def make_batch(pool, indices, key):

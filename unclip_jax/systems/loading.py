@@ -103,6 +103,17 @@ def check_config(config: UnclipConfig) -> None:
   for name, stage in stages.items():
     _check_diffusion(name, stage.diffusion)
     _check_unet(f'{name}.unet', stage.unet, stage.diffusion.learned_variance)
+  shares = {
+    'prior.text_drop': prior.text_drop,
+    'decoder.text_drop': decoder.text_drop,
+    'decoder.image_drop': decoder.image_drop,
+  }
+  for i, stage in enumerate(config.upsamplers):
+    shares[f'upsamplers.{i}.crop_fraction'] = stage.crop_fraction
+    shares[f'upsamplers.{i}.blur_fraction'] = stage.blur_fraction
+  for name, share in shares.items():
+    if not 0 <= share <= 1:
+      raise UnclipError(f'{name} is {share:g}: take a fraction from 0 to 1')
 
 
 def _check_stages_meet(config: UnclipConfig) -> None:
