@@ -211,12 +211,12 @@ def compose(
   return make_pool(
     size,
     num_examples,
-    seed=train.seed if splits == ('train',) else train.seed + 1,
+    seed=train.seed if 'train' in splits else train.seed + 1,
     splits=splits,
     styles=train.styles,
     groups=train.groups,
     labels=train.labels,
-    scene_fraction=train.scene_fraction if splits == ('train',) else 0.0,
+    scene_fraction=train.scene_fraction if 'train' in splits else 0.0,
     data_dir=train.data,
   )
 

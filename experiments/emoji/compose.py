@@ -202,15 +202,7 @@ class CaptionedEmoji:
   def __getitem__(self, index: int) -> Example:
     rng = np.random.default_rng((self._seed, index))
     truth = self._draw_truth(rng)
-    canvas = self._canvas(truth.background)
-    if truth.is_scene:
-      dx, dy = ((-1, 0), (1, 0), (0, -1), (0, 1))[truth.relation]
-      for sprite, sign in ((truth.sprite_index, 1), (truth.second_index, -1)):
-        centre = (0.5 + sign * dx * SCENE_OFFSET, 0.5 + sign * dy * SCENE_OFFSET)
-        self._paint(canvas, rng, sprite, SCENE_SCALE, centre)
-    else:
-      self._paint(canvas, rng, truth.sprite_index, OBJECT_SCALE, (0.5, 0.5))
-    return Example(np.clip(np.rint(canvas), 0, 255).astype(np.uint8), *truth)
+    return Example(draw(self._sprites, truth, self._size, rng, self._jitter), *truth)
 
   def truth(self, index: int) -> Truth:
     """Returns the same as `source[index]` without its picture."""
@@ -243,37 +235,59 @@ class CaptionedEmoji:
         return partner
     return None
 
-  def _canvas(self, background: int) -> np.ndarray:
-    colour = np.array(captions.COLOURS[captions.COLOUR_NAMES[background]], np.float32)
-    return np.broadcast_to(colour, (self._size, self._size, 3)).copy()
 
-  def _paint(
-    self,
-    canvas: np.ndarray,
-    rng: np.random.Generator,
-    sprite: int,
-    scale: float,
-    centre: tuple[float, float],
-  ) -> None:
-    """Draws a sprite of `scale` times the picture's side around `centre`, moved a little."""
-    change, shift_x, shift_y = rng.uniform(-self._jitter, self._jitter, 3)
+def draw(
+  sprites: Sprites,
+  truth: Truth,
+  size: int,
+  rng: np.random.Generator | None = None,
+  jitter: float = 0.04,
+) -> np.ndarray:
+  """Draws what `truth` says, uint8 [size, size, 3].
+
+  Args:
+    sprites: of a build.
+    truth: its objects, their places, and the background.
+    size: side of the picture in pixels.
+    rng: moves and scales the objects a little; None leaves them where they belong.
+    jitter: largest relative change of scale, and largest shift relative to the picture's side.
+  """
+  colour = np.array(captions.COLOURS[captions.COLOUR_NAMES[truth.background]], np.float32)
+  canvas = np.broadcast_to(colour, (size, size, 3)).copy()
+  places = [(truth.sprite_index, OBJECT_SCALE, (0.5, 0.5))]
+  if truth.is_scene:
+    dx, dy = ((-1, 0), (1, 0), (0, -1), (0, 1))[truth.relation]
+    places = [
+      (sprite, SCENE_SCALE, (0.5 + sign * dx * SCENE_OFFSET, 0.5 + sign * dy * SCENE_OFFSET))
+      for sprite, sign in ((truth.sprite_index, 1), (truth.second_index, -1))
+    ]
+  for sprite, scale, centre in places:
+    change, shift_x, shift_y = rng.uniform(-jitter, jitter, 3) if rng is not None else (0, 0, 0)
     # A scene's objects move half as far: they are half as large.
-    scale, reach = scale * (1 + change), scale / OBJECT_SCALE
-    cx, cy = centre[0] + shift_x * reach, centre[1] + shift_y * reach
-    size, source = self._size, self._sprites.padded(sprite)
-    margin = self._sprites.margin
-    # The whole pixels of the picture that the sprite touches, and the same box in the sprite.
-    x0, x1 = _pixel_range(cx, scale, size)
-    y0, y1 = _pixel_range(cy, scale, size)
-    step = self._sprites.size / (scale * size)
-    left = margin + (x0 - (cx - scale / 2) * size) * step
-    top = margin + (y0 - (cy - scale / 2) * size) * step
-    box = (left, top, left + (x1 - x0) * step, top + (y1 - y0) * step)
-    patch = source.resize((x1 - x0, y1 - y0), Image.Resampling.HAMMING, box=_clamp(box, source))
-    patch = np.asarray(patch, np.float32)
-    region = canvas[y0:y1, x0:x1]
-    region *= 1 - patch[..., 3:] / 255
-    region += patch[..., :3]
+    reach = scale / OBJECT_SCALE
+    centre = (centre[0] + shift_x * reach, centre[1] + shift_y * reach)
+    _paint(canvas, sprites, sprite, scale * (1 + change), centre)
+  return np.clip(np.rint(canvas), 0, 255).astype(np.uint8)
+
+
+def _paint(
+  canvas: np.ndarray, sprites: Sprites, index: int, scale: float, centre: tuple[float, float]
+) -> None:
+  """Draws a sprite of `scale` times the picture's side around `centre`."""
+  size, source, margin = len(canvas), sprites.padded(index), sprites.margin
+  cx, cy = centre
+  # The whole pixels of the picture that the sprite touches, and the same box in the sprite.
+  x0, x1 = _pixel_range(cx, scale, size)
+  y0, y1 = _pixel_range(cy, scale, size)
+  step = sprites.size / (scale * size)
+  left = margin + (x0 - (cx - scale / 2) * size) * step
+  top = margin + (y0 - (cy - scale / 2) * size) * step
+  box = (left, top, left + (x1 - x0) * step, top + (y1 - y0) * step)
+  patch = source.resize((x1 - x0, y1 - y0), Image.Resampling.HAMMING, box=_clamp(box, source))
+  patch = np.asarray(patch, np.float32)
+  region = canvas[y0:y1, x0:x1]
+  region *= 1 - patch[..., 3:] / 255
+  region += patch[..., :3]
 
 
 def decode(webp: bytes) -> np.ndarray:

@@ -3,12 +3,16 @@
 python -m experiments.emoji.train_clip --run runs/emoji_small
 """
 
+import dataclasses
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from experiments.emoji import common
 from unclip_jax import sharding
+from unclip_jax.configs import UnclipConfig
 from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.stages import clip
 from unclip_jax.train.log import RunLog
@@ -25,7 +29,12 @@ from unclip_jax.weights.checkpoint import Checkpoints
 NUM_RETRIEVAL = 200
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(
+  argv: list[str] | None = None,
+  configure: Callable[[UnclipConfig], UnclipConfig] = lambda config: config,
+  splits: tuple[str, ...] = ('train',),
+) -> None:
+  """Trains the run's CLIP, or configured otherwise and on other splits the judge's."""
   train = common.parse_options(
     argv,
     __doc__,
@@ -34,10 +43,11 @@ def main(argv: list[str] | None = None) -> None:
     batch_size=256,
     ema_decay=0.995,
   )
+  train = dataclasses.replace(train, config=configure(train.config))
   config = train.config.clip
   mesh = sharding.make_mesh()
   tokenizer = Tokenizer.load(common.TOKENIZER)
-  pool = common.compose(train, config.vision.image_size, train.pool_size)
+  pool = common.compose(train, config.vision.image_size, train.pool_size, splits)
   arrays = {'image': jnp.asarray(pool.images)}
   arrays |= common.encode_pool(train, tokenizer, pool.captions, None)
   held_out = common.compose(train, config.vision.image_size, NUM_RETRIEVAL * 4, ('val_pairs',))

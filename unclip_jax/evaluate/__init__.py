@@ -1,0 +1,1 @@
+"""Measures of generated images, on features that the caller brings."""
