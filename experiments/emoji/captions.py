@@ -148,6 +148,13 @@ def scene_caption(
   return caption + _background(rng, colour)
 
 
+def plain_caption(label: str, style: str, colour: int) -> str:
+  """Returns the one caption that says everything of an object: its name, style and background."""
+  name = COLOUR_NAMES[colour]
+  ground = f'an {name}' if name == 'orange' else f'a {name}'
+  return f'{article(label)}{label}, {style} style on {ground} background'
+
+
 def draw_colour(rng: np.random.Generator) -> int:
   """Returns the index of a background: white where captions name none, else any colour."""
   return int(rng.integers(len(COLOURS))) if rng.random() < COLOUR_NAMED else WHITE

@@ -204,6 +204,11 @@ class CaptionedEmoji:
     truth = self._draw_truth(rng)
     return Example(draw(self._sprites, truth, self._size, rng, self._jitter), *truth)
 
+  @property
+  def sprite_indices(self) -> np.ndarray:
+    """The sprites that objects are drawn from, int [n]."""
+    return self._primary
+
   def truth(self, index: int) -> Truth:
     """Returns the same as `source[index]` without its picture."""
     return self._draw_truth(np.random.default_rng((self._seed, index)))

@@ -1,0 +1,118 @@
+"""The captions that the model is measured on, chosen by hash, and their real pictures."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from experiments.emoji import captions
+from experiments.emoji.compose import Sprites, Truth, draw
+from unclip_jax.types import UnclipError
+
+
+class Gallery(NamedTuple):
+  """What a query is to be found among.
+
+  Attributes:
+    truths: one a caption; those that are asked for come first.
+    num_asked: how many are held-out pairs, from which pictures are generated. The others are
+      pairs of the training set, there to be mistaken for.
+  """
+
+  truths: list[Truth]
+  num_asked: int
+
+  @property
+  def captions(self) -> list[str]:
+    """Of all, in order."""
+    return [truth.caption for truth in self.truths]
+
+
+def make_gallery(
+  sprites: Sprites,
+  styles: Sequence[str] | None,
+  groups: Sequence[str] | None,
+  labels: Sequence[str],
+  size: int = 200,
+  split: str = 'val_pairs',
+) -> Gallery:
+  """Captions of a domain, one a concept, in the order of their hashes.
+
+  Held-out pairs come first; where the domain has fewer than `size` of them, pairs of the training
+  set fill up the gallery.
+
+  Raises:
+    UnclipError: the domain has no held-out pair.
+  """
+  fits = np.ones(len(sprites), bool)
+  if styles is not None:
+    fits &= np.isin(sprites.style, styles)
+  if groups is not None:
+    fits &= np.isin(sprites.group, groups) | np.isin(sprites.label, labels)
+  asked = _one_a_concept(sprites, fits & (sprites.split == split))[:size]
+  if not asked:
+    raise UnclipError(f'the domain has no pair of {split}: take more styles or groups')
+  fits &= ~np.isin(sprites.concept, sprites.concept[asked])
+  others = _one_a_concept(sprites, fits & (sprites.split == 'train'))[: size - len(asked)]
+  truths = [_truth(sprites, index) for index in [*asked, *others]]
+  return Gallery(truths, len(asked))
+
+
+def real_pictures(sprites: Sprites, truths: Sequence[Truth], size: int) -> np.ndarray:
+  """The pictures as they are to be, uint8 [n, size, size, 3]."""
+  return np.stack([draw(sprites, truth, size) for truth in truths])
+
+
+def on_another_background(truth: Truth) -> Truth:
+  """The same object before the colour that is half the list away; the caption is left as it is."""
+  n = len(captions.COLOUR_NAMES)
+  return truth._replace(background=(truth.background + n // 2) % n)
+
+
+def scenes(sprites: Sprites, gallery: Gallery, num: int) -> list[list[Truth]]:
+  """Two objects of the training set each, and the same two in the three other places.
+
+  Returns:
+    `num` lists of four truths: the one that is asked for comes first. The opposite place is also
+    the scene with its objects exchanged.
+  """
+  known, result = gallery.truths[gallery.num_asked :], []
+  style_of = sprites.style
+  for i in range(num):
+    first, background = known[i % len(known)].sprite_index, known[i % len(known)].background
+    fellows = [t.sprite_index for t in known if style_of[t.sprite_index] == style_of[first]]
+    fellows.remove(first)
+    second = fellows[_hash(f'partner {i} {sprites.concept[first]}') % len(fellows)]
+    places = range(len(captions.RELATIONS))
+    asked = _hash(f'place {i} {sprites.concept[first]}') % len(places)
+    order = [asked, *(place for place in places if place != asked)]
+    result.append([_scene(sprites, first, second, place, background) for place in order])
+  return result
+
+
+def _scene(sprites: Sprites, first: int, second: int, relation: int, background: int) -> Truth:
+  words = {'left of': 'to the left of', 'right of': 'to the right of'}
+  place = words.get(captions.RELATIONS[relation], captions.RELATIONS[relation])
+  one, other = (captions.article(sprites.label[i]) + sprites.label[i] for i in (first, second))
+  ground = captions.plain_caption('x', sprites.style[first], background).partition(', ')[2]
+  return Truth(f'{one} {place} {other}, {ground}', first, second, True, relation, background)
+
+
+def _truth(sprites: Sprites, index: int) -> Truth:
+  background = _hash(f'background {sprites.concept[index]}') % len(captions.COLOUR_NAMES)
+  caption = captions.plain_caption(sprites.label[index], sprites.style[index], background)
+  return Truth(caption, index, index, False, 0, background)
+
+
+def _one_a_concept(sprites: Sprites, fits: np.ndarray) -> list[int]:
+  """Indices of sprites in the order of their hashes, the first of each concept."""
+  name = {int(i): f'{sprites.concept[i]} {sprites.style[i]}' for i in np.flatnonzero(fits)}
+  chosen: dict[str, int] = {}
+  for index in sorted(name, key=lambda i: _hash(name[i])):
+    chosen.setdefault(str(sprites.concept[index]), index)
+  return list(chosen.values())
+
+
+def _hash(name: str) -> int:
+  return int.from_bytes(hashlib.sha256(f'evaluation {name}'.encode()).digest()[:8])
