@@ -9,9 +9,10 @@ import json
 import math
 import os
 import platform
+import signal
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
@@ -147,14 +148,14 @@ def generate(
   from unclip_jax.display import StageDisplay
   from unclip_jax.images import make_grid, slugs
   from unclip_jax.systems import settings
-  from unclip_jax.systems.pipeline import Samples
+  from unclip_jax.systems.pipeline import Progress, Samples
 
   prior = settings.Sampling(prior_steps, prior_sampler, prior_guidance, prior_eta)
   decoder = settings.Sampling(decoder_steps, decoder_sampler, decoder_guidance, decoder_eta)
   upsampler = settings.Sampling(upsampler_steps, upsampler_sampler, eta=upsampler_eta)
   _use_cache(cache)
 
-  with _output_folder(out) as folder, _plain_warnings(), _memory_errors():
+  with _output_folder(out) as folder, _plain_warnings(), _memory_errors(), _interrupts() as check:
     loaded = unclip_jax.load(model, dtype, devices)
     config = loaded.config
     ups = config.upsamplers[: settings.num_upsamplers(config, size)]
@@ -173,13 +174,17 @@ def generate(
       'settings': json.dumps(described, ensure_ascii=False),
       'Software': f'unclip_jax {unclip_jax.__version__}, jax {metadata.version("jax")}',
     }
-    names = iter([name for name in slugs(prompts) for _ in range(num_images)])
+    names = (name for name in slugs(prompts) for _ in range(num_images))
 
     def save(samples: Samples) -> None:
       rows = zip(samples.images, samples.prompts, samples.indices, strict=True)
       for image, prompt, index in rows:
         about = {'prompt': prompt, 'index': str(index), **text}
         folder.save(f'{next(names)}-{index:02d}.png', image, about)
+
+    def report(event: Progress) -> None:
+      check()
+      display(event)
 
     stages = ['clip', 'prior', 'decoder', *(f'upsampler_{i}' for i in range(len(ups)))]
     with StageDisplay(Console(stderr=True, highlight=False), stages) as display:
@@ -195,7 +200,7 @@ def generate(
         num_candidates=prior_candidates,
         size=size,
         batch_size=batch_size,
-        progress=display,
+        progress=report,
         on_batch=save,
       )
     # A row for each prompt, or what comes near a square.
@@ -261,16 +266,23 @@ def info(model: ModelOption = 'default') -> None:
 
 
 def main(args: list[str] | None = None) -> None:
-  """Runs the command line; a mistake of the user's is one line on stderr and exit status 1."""
+  """Runs the command line; a mistake of the user's is one line on stderr, and status 1 or 2."""
   try:
-    app(args, prog_name='unclip-jax')
-  except ValueError as error:
+    status = app(args, prog_name='unclip-jax', standalone_mode=False)
+  except Exception as error:
     from unclip_jax.types import UnclipError
 
-    if not isinstance(error, UnclipError):
+    if isinstance(error, UnclipError):
+      message, status = str(error), 1
+    elif type(error).__name__ == 'NoArgsIsHelpError':
+      error.show()
+      sys.exit(2)
+    elif hasattr(error, 'format_message'):  # typer's usage errors, click's or its own
+      message, status = f'{error.format_message()} (see unclip-jax --help)', 2
+    else:
       raise
-    print(f'unclip-jax: error: {error}', file=sys.stderr)
-    sys.exit(1)
+    print(f'unclip-jax: error: {message}', file=sys.stderr)
+  sys.exit(status or 0)
 
 
 @contextlib.contextmanager
@@ -297,6 +309,33 @@ def _plain_warnings() -> Iterator[None]:
     warnings.simplefilter('always', UserWarning)
     warnings.showwarning = show
     yield
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[Callable[[], None]]:
+  """Lets Ctrl-C end the drawing also where it comes while JAX collects garbage, which swallows it.
+
+  Yields a function that raises KeyboardInterrupt if the key was pressed before.
+  """
+  pressed = []
+
+  def interrupt(*_: object) -> None:
+    pressed.append(True)
+    raise KeyboardInterrupt
+
+  def check() -> None:
+    if pressed:
+      raise KeyboardInterrupt
+
+  try:
+    before = signal.signal(signal.SIGINT, interrupt)
+  except ValueError:  # only the main thread may
+    yield check
+    return
+  try:
+    yield check
+  finally:
+    signal.signal(signal.SIGINT, before)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from etils import epath
 from PIL import Image, PngImagePlugin
 
 from unclip_jax.types import UnclipError
-from unclip_jax.weights.safetensors import write_atomically
+from unclip_jax.weights.safetensors import reach, write_atomically
 
 GRID_GAP = 4  # pixels
 _MAX_SLUG_BYTES = 80
@@ -107,7 +107,9 @@ class OutputFolder:
   """
 
   def __init__(self, folder: os.PathLike[str] | str) -> None:
-    self._folder = epath.Path(folder).expanduser()
+    if not os.fspath(folder):
+      raise UnclipError("the output folder has no name: give one, or '.' for the current folder")
+    self._folder = reach(folder)
     self._made: list[Path] = []
     self.paths: list[epath.Path] = []
 

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from unclip_jax.train.state import (
   TrainState,
   TrainStep,
   gather,
+  make_learning_rate,
   make_multi_step,
 )
 from unclip_jax.types import Array, Params, UnclipError
@@ -75,6 +76,11 @@ class TrainConfig:
   dtype: Any
 
 
+class _Parser(argparse.ArgumentParser):
+  def error(self, message: str) -> NoReturn:
+    raise UnclipError(f'{message} (see --help)')
+
+
 def parse_options(
   argv: list[str] | None,
   description: str,
@@ -86,9 +92,7 @@ def parse_options(
 ) -> TrainConfig:
   """The options of a training script (of the process if argv is None); defaults as given."""
   on_accelerator = jax.default_backend() != 'cpu'
-  parser = argparse.ArgumentParser(
-    description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-  )
+  parser = _Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
   add = parser.add_argument
   add('--run', type=Path, default=Path('runs/emoji_small'), help='folder of the run')
   add('--preset', default='emoji_small', help='tiny, emoji_small, emoji or paper')
@@ -98,11 +102,13 @@ def parse_options(
     action='append',
     default=[],
     metavar='FIELD=VALUE',
-    help='overrides of the preset (decoder.unet.channels=96) or of optimizer.*',
+    help='overrides of the preset (decoder.width=96) or of the optimiser (optimizer.FIELD of: '
+    + ', '.join(f'{field.name}' for field in dataclasses.fields(OptimizerConfig))
+    + ')',
   )
   add('--steps', type=int, default=steps, help='updates in all, those of earlier starts included')
-  add('--batch-size', type=int, default=batch_size)
-  add('--ema-decay', type=float, default=ema_decay)
+  add('--batch-size', type=int, default=batch_size, help='examples of an update')
+  add('--ema-decay', type=float, default=ema_decay, help='of the average that is exported')
   add('--chunk', type=int, default=100 if on_accelerator else 20, help='updates between log lines')
   add('--save-every', type=int, default=1000, help='updates between checkpoints')
   add('--minutes', type=float, default=None, help='stop with a checkpoint after so long')
@@ -113,28 +119,40 @@ def parse_options(
   add('--scene-fraction', type=float, default=0.15, help='pictures of two objects')
   add('--stage', type=int, default=0, help='which of the upsamplers, by train_upsampler')
   add('--data', type=Path, default=None, help='a build of experiments.emoji.build')
-  add('--seed', type=int, default=0)
-  add('--dtype', default='bfloat16' if on_accelerator else 'float32')
+  add('--seed', type=int, default=0, help='of everything random')
+  add('--dtype', default='bfloat16' if on_accelerator else 'float32', help='of the networks')
   args = parser.parse_args(argv)
   ours = [a.removeprefix('optimizer.') for a in args.assignments if a.startswith('optimizer.')]
   theirs = [a for a in args.assignments if not a.startswith('optimizer.')]
+  chosen = preset(args.preset)
   for name in ('steps', 'batch_size', 'chunk', 'save_every'):
     if getattr(args, name) < 1:
       raise UnclipError(f'--{name.replace("_", "-")} {getattr(args, name)}: take 1 or more')
   if args.steps % args.chunk:
     raise UnclipError(f'--steps {args.steps}: take a multiple of --chunk {args.chunk}')
   if args.pool_size < args.batch_size:
-    raise UnclipError(f'--pool-size {args.pool_size}: a batch of {args.batch_size} does not fit')
+    raise UnclipError(
+      f'--pool-size {args.pool_size}: take at least the {args.batch_size} of --batch-size'
+    )
+  for name in ('scene_fraction', 'ema_decay'):
+    if not 0 <= getattr(args, name) <= 1:
+      value = getattr(args, name)
+      raise UnclipError(f'--{name.replace("_", "-")} {value:g}: take a fraction from 0 to 1')
   if args.dtype not in ('float32', 'bfloat16'):
     raise UnclipError(f'--dtype {args.dtype}: take float32 or bfloat16')
-  config = configs.override(fit_to_tokenizer(preset(args.preset)), theirs)
+  config = configs.override(fit_to_tokenizer(chosen), theirs)
   if args.stage not in range(len(config.upsamplers)):
     raise UnclipError(f'--stage {args.stage}: the preset has {len(config.upsamplers)} upsamplers')
   check_config(config)
+  optimizer = configs.override(optimizer, ours)
+  try:
+    make_learning_rate(optimizer, args.steps)
+  except UnclipError as error:
+    raise UnclipError(f'{error} (--set optimizer.FIELD=VALUE, or --steps)') from error
   return TrainConfig(
     run=args.run,
     config=config,
-    optimizer=configs.override(optimizer, ours),
+    optimizer=optimizer,
     steps=args.steps,
     batch_size=args.batch_size,
     ema_decay=args.ema_decay,

@@ -48,8 +48,6 @@ def main(argv: list[str] | None = None) -> None:
       f'the emoji of --data have {size} px, too few for pictures of {config.image_size}: first run '
       f'python -m experiments.emoji.build --size {config.image_size} --out DIR, then --data DIR'
     )
-  if config.degradation not in ('blur', 'bsr'):
-    raise UnclipError(f'degradation {config.degradation!r}: take blur or bsr')
 
   def load(num_examples, splits):
     """Pictures [n, image_size, image_size, 3] and the same, small, both uint8."""

@@ -22,12 +22,13 @@ from unclip_jax.configs import (
 )
 from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.sharding import Mesh, make_mesh, replicated
-from unclip_jax.stages import clip, decoder, diffusion_prior, upsampler
+from unclip_jax.stages import clip, common, decoder, diffusion_prior, upsampler
 from unclip_jax.types import Array, Params, UnclipError
 from unclip_jax.weights.folder import MANIFEST_NAME, read_manifest
-from unclip_jax.weights.safetensors import load_params
+from unclip_jax.weights.safetensors import load_params, reach
 
 DEFAULT = 'default'
+DEGRADATIONS = ('blur', 'bsr')
 DEFAULT_FOLDER = Path(__file__).parents[1] / 'assets' / 'default'
 
 
@@ -35,12 +36,13 @@ def find_folder(model: str | os.PathLike[str]) -> epath.Path:
   """The folder of a model: of the package's own for 'default', else as given.
 
   Raises:
-    UnclipError: the package came without a model, or the name is empty.
+    UnclipError: the package came without a model, the name is empty, or it is of a store that
+      cannot be reached.
   """
   if not isinstance(model, str | os.PathLike) or not os.fspath(model):
     raise UnclipError(f"model {model!r}: give 'default' or a folder")
   if model != DEFAULT:
-    return epath.Path(model).expanduser()
+    return reach(model)
   if not (DEFAULT_FOLDER / MANIFEST_NAME).exists():
     raise UnclipError(
       'this installation came without a default model: install unclip-jax again, or give the '
@@ -103,12 +105,23 @@ def check_config(config: UnclipConfig) -> None:
   for name, stage in stages.items():
     _check_diffusion(name, stage.diffusion)
     _check_unet(f'{name}.unet', stage.unet, stage.diffusion.learned_variance)
+  for name, stage in {'prior': prior, **stages}.items():
+    try:
+      common.make_plan(stage.diffusion, stage.sampling)
+      common.make_sampler(stage.sampling.sampler, stage.sampling.variance)
+    except UnclipError as error:
+      raise UnclipError(f'{name}.sampling: {error}') from error
   shares = {
     'prior.text_drop': prior.text_drop,
     'decoder.text_drop': decoder.text_drop,
     'decoder.image_drop': decoder.image_drop,
   }
   for i, stage in enumerate(config.upsamplers):
+    if stage.degradation not in DEGRADATIONS:
+      raise UnclipError(
+        f'upsamplers.{i}.degradation is {stage.degradation!r}: take one of '
+        f'{", ".join(DEGRADATIONS)}'
+      )
     shares[f'upsamplers.{i}.crop_fraction'] = stage.crop_fraction
     shares[f'upsamplers.{i}.blur_fraction'] = stage.blur_fraction
   for name, share in shares.items():
@@ -162,6 +175,8 @@ def _check_diffusion(name: str, diffusion: DiffusionConfig) -> None:
   for field, (word, known) in words.items():
     if word not in known:
       raise UnclipError(f'{name}.diffusion.{field} is {word!r}: take one of {", ".join(known)}')
+  if diffusion.clip_x_0 is not None and not diffusion.clip_x_0 > 0:
+    raise UnclipError(f'{name}.diffusion.clip_x_0 is {diffusion.clip_x_0:g}: take more than 0')
   percentile = diffusion.dynamic_threshold
   if percentile is not None and not 50 <= percentile <= 100:
     raise UnclipError(
@@ -177,6 +192,8 @@ def _check_unet(name: str, unet: UNetConfig, learned_variance: bool) -> None:
       f'{name}.out_channels is {unet.out_channels}: with {unet.in_channels} in_channels and a '
       f'variance that is {variance} it must be {wanted}'
     )
+  if not 0 <= unet.dropout < 1:
+    raise UnclipError(f'{name}.dropout is {unet.dropout:g}: take 0 or more, and less than 1')
   levels = range(len(unet.multipliers))
   for level in unet.attention_levels:
     if level not in levels:

@@ -1,7 +1,6 @@
 """What a caller may ask for: prompts, sampling settings, sizes and dtypes, checked in one place."""
 
 import dataclasses
-import math
 import operator
 import unicodedata
 from collections.abc import Sequence
@@ -17,6 +16,8 @@ from unclip_jax.types import Step, UnclipError
 
 DTYPES = ('float32', 'bfloat16')
 _MAX_SEED = 2**32 - 1
+_MAX_NUMBER = float(np.finfo(np.float32).max)
+_MAX_IMAGES = 10_000  # of a call, which holds them all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,12 +97,15 @@ def resolve(
   Raises:
     UnclipError: a setting does not exist, is out of range, or would be without effect.
   """
+  if not isinstance(asked, Sampling):
+    raise UnclipError(f'{name}: give a Sampling, not {type(asked).__name__}')
   sampling = merge(default, asked)
   try:
     common.make_sampler(sampling.sampler, sampling.variance)
     plan = common.make_plan(diffusion, sampling)
   except UnclipError as error:
     raise UnclipError(f'{name}: {error}') from error
+  check_count(f'{name}: the number of steps', sampling.num_steps)
   if sampling.sampler == 'ddpm' and asked.eta is not None:
     raise UnclipError(f'{name}: eta is without effect on ddpm: take the sampler ddim with it')
   if sampling.sampler == 'ddim' and asked.variance is not None:
@@ -179,6 +183,21 @@ def check_count(what: str, value: object, least: int = 1, most: int | None = Non
   return count
 
 
+def check_total(num_prompts: int, num_images: int) -> None:
+  """Raises UnclipError where a call would hold more pictures than memory does."""
+  if num_prompts * num_images > _MAX_IMAGES:
+    raise UnclipError(
+      f'{num_prompts * num_images:,} pictures are more than the {_MAX_IMAGES:,} of one call: take '
+      'fewer, and continue the series with the index of the first image'
+    )
+
+
+def check_callable(what: str, value: object) -> None:
+  """Raises UnclipError where `value` is neither None nor a function."""
+  if value is not None and not callable(value):
+    raise UnclipError(f'{what} must be a function, not {value!r}')
+
+
 def check_seed(seed: object) -> int:
   """`seed` within 0..2^32 - 1; as `check_count`."""
   return check_count('the seed', seed, 0, _MAX_SEED)
@@ -214,8 +233,8 @@ def num_upsamplers(config: UnclipConfig, size: int | None) -> int:
   known = sizes(config)
   if size is None:
     return len(known) - 1
-  if size not in known:
-    raise UnclipError(f'there is no size {size}: this model makes {" or ".join(map(str, known))}')
+  if isinstance(size, bool | float) or size not in known:
+    raise UnclipError(f'there is no size {size!r}: this model makes {" or ".join(map(str, known))}')
   return known.index(size)
 
 
@@ -223,7 +242,9 @@ def _number(what: str, value: object) -> float:
   try:
     number = float(value)  # type: ignore[arg-type]
   except (TypeError, ValueError):
-    raise UnclipError(f'{what} must be a number, not {value!r}') from None
-  if not math.isfinite(number):
-    raise UnclipError(f'{what} is {number}: take a finite number')
+    number = None
+  if number is None or isinstance(value, str | bool):
+    raise UnclipError(f'{what} must be a number, not {value!r}')
+  if not abs(number) <= _MAX_NUMBER:
+    raise UnclipError(f'{what} is {number:g}: take a finite number of float32')
   return number

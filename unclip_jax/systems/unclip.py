@@ -31,9 +31,10 @@ from unclip_jax.types import Array, Params, UnclipError
 _AS_THE_MODEL = Sampling()
 _PACKAGE = __name__.partition('.')[0]
 _SHOWN = 60
+_MOST_OF_A_FLOAT = 1.5  # samples overshoot [-1, 1] a little
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Unclip:
   """A model that is ready to sample; made by `load`.
 
@@ -51,6 +52,10 @@ class Unclip:
   tokenizer: Tokenizer
   dtype: Any = jnp.float32
   mesh: Mesh | None = None
+
+  def __repr__(self) -> str:
+    made = ' or '.join(map(str, settings.sizes(self.config)))
+    return f'Unclip({", ".join(self.params)}; {made} px, {jnp.dtype(self.dtype).name})'
 
   def generate(
     self,
@@ -138,11 +143,16 @@ class Unclip:
       UnclipError: an argument is not as above; the message names it and the remedy.
     """
     captions = settings.check_prompts(prompts, allow_empty=z_i is not None)
-    settings.check_count('the number of images', num_images)
-    settings.check_count('the index of the first image', first_image, 0)
+    num_images = settings.check_count('the number of images', num_images)
+    first_image = settings.check_count('the index of the first image', first_image, 0)
     settings.check_count('the index of the last image', first_image + num_images - 1, 0, 2**32 - 1)
+    settings.check_total(len(captions), num_images)
+    settings.check_callable('progress', progress)
+    settings.check_callable('on_batch', on_batch)
     config, n = self.config, len(captions) * num_images
-    ups = config.upsamplers[: settings.num_upsamplers(config, size)]
+    num_ups = settings.num_upsamplers(config, size)
+    if not isinstance(upsampler, Sampling):
+      raise UnclipError(f'upsampler: give a Sampling, not {type(upsampler).__name__}')
     if upsampler.guidance_scale is not None:
       raise UnclipError('upsampler: it is not guided; give the guidance scale to the decoder')
     if num_candidates is None:
@@ -155,6 +165,11 @@ class Unclip:
     guided = decoder_settings.guidance_scale is not None or (
       z_i is None and prior_settings.guidance_scale is not None
     )
+    # Those of all upsamplers are checked, also where an earlier size is the end.
+    ups_settings = tuple(
+      settings.resolve(f'upsampler {i}', up.diffusion, up.sampling, upsampler)
+      for i, up in enumerate(config.upsamplers)
+    )
     captions = [caption for caption in captions for _ in range(num_images)]
     request = Request(
       captions=tuple(captions),
@@ -165,16 +180,13 @@ class Unclip:
       num_candidates=num_candidates,
       prior=prior_settings,
       decoder=decoder_settings,
-      upsamplers=tuple(
-        settings.resolve(f'upsampler {i}', up.diffusion, up.sampling, upsampler)
-        for i, up in enumerate(ups)
-      ),
+      upsamplers=ups_settings[:num_ups],
       z_t=_given('z_t', z_t, n, (config.clip.embed_dim,)),
       z_i=_given('z_i', z_i, n, (config.clip.embed_dim,)),
-      noise=self._given_noise(start_noise or StartNoise(), n, num_candidates, len(ups)),
+      noise=self._given_noise(start_noise, n, num_candidates, num_ups),
       with_trajectories=with_trajectories,
     )
-    for stage in ('clip', 'prior', 'decoder', *(f'upsampler_{i}' for i in range(len(ups)))):
+    for stage in ('clip', 'prior', 'decoder', *(f'upsampler_{i}' for i in range(num_ups))):
       if stage != 'prior' or z_i is None:
         self._params_of(stage)
     self._warn_of_cuts(dict.fromkeys([*captions, *([negative_prompt] if negative_prompt else [])]))
@@ -201,11 +213,13 @@ class Unclip:
     Raises:
       UnclipError: they are of another shape or kind.
     """
-    images = images if isinstance(images, jax.Array) else np.asarray(images)
+    images = images if isinstance(images, jax.Array) else _as_array('images', images)
     if images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape:
       raise UnclipError(f'images must be an array [n, h, w, 3], not {list(images.shape)}')
     if images.dtype != np.uint8 and not jnp.issubdtype(images.dtype, jnp.floating):
       raise UnclipError(f'images must be uint8, or float in [-1, 1], not {images.dtype}')
+    if images.dtype != np.uint8 and not abs(images).max() <= _MOST_OF_A_FLOAT:
+      raise UnclipError('images of floats must be in [-1, 1], without a NaN; 0 to 255 is for uint8')
     return programs.encode_image(
       self._params_of('clip'), images, config=self.config.clip, dtype=self.dtype
     )
@@ -257,10 +271,12 @@ class Unclip:
     return self.tokenizer.encode([negative_prompt or ''] * n) if guided else None
 
   def _given_noise(
-    self, noise: StartNoise, n: int, num_candidates: int, num_upsamplers: int
+    self, noise: StartNoise | None, n: int, num_candidates: int, num_upsamplers: int
   ) -> StartNoise:
     """The caller's noise, checked; what is for stages that do not run is dropped."""
-    config = self.config
+    config, noise = self.config, StartNoise() if noise is None else noise
+    if not isinstance(noise, StartNoise) or not isinstance(noise.upsamplers, Sequence):
+      raise UnclipError('start_noise must be a StartNoise, with a tuple for the upsamplers')
     ups = (*noise.upsamplers, *[None] * num_upsamplers)[:num_upsamplers]
     return StartNoise(
       _given('start_noise.prior', noise.prior, n, (num_candidates, config.prior.embed_dim)),
@@ -339,11 +355,21 @@ def _given(what: str, value: Any, n: int, shape: tuple[int, ...]) -> np.ndarray 
   """An array of the caller's as float32 [n, *shape]."""
   if value is None:
     return None
-  value = np.asarray(value)
+  value = _as_array(what, value)
   if value.shape not in ((n, *shape), (1, *shape)):
     raise UnclipError(
       f'{what} has the shape {list(value.shape)}, wanted is {[n, *shape]}, or 1 in place of {n}'
     )
-  if not jnp.issubdtype(value.dtype, jnp.floating) or not np.isfinite(value).all():
+  is_floating = jnp.issubdtype(value.dtype, jnp.floating)
+  with np.errstate(over='ignore'):
+    value = value.astype(np.float32) if is_floating else value
+  if not is_floating or not np.isfinite(value).all():
     raise UnclipError(f'{what} must hold finite floating-point numbers')
-  return np.broadcast_to(value.astype(np.float32), (n, *shape))
+  return np.broadcast_to(value, (n, *shape))
+
+
+def _as_array(what: str, value: Any) -> np.ndarray:
+  try:
+    return np.asarray(value)
+  except (TypeError, ValueError):
+    raise UnclipError(f'{what} must be an array, all rows of it as long as each other') from None

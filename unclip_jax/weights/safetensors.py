@@ -84,6 +84,26 @@ def load_params(path: os.PathLike[str] | str, expected: Params, dtype: Any = Non
   return jax.tree.unflatten(jax.tree.structure(expected), arrays)
 
 
+def reach(path: os.PathLike[str] | str) -> epath.Path:
+  """`path` with its ~ expanded, known to lie where this machine can look.
+
+  Raises:
+    UnclipError: it is of a store (`gs://` for instance) that cannot be reached.
+  """
+  if '://' not in os.fspath(path):
+    return epath.Path(path).expanduser()
+  try:
+    store = epath.Path(path)
+    store.exists()
+  except Exception as error:  # as many kinds as there are stores
+    reason = str(error).strip().partition('\n')[0] or type(error).__name__
+    raise UnclipError(
+      f'{path} cannot be reached ({reason}): check its name and the network; gs:// needs '
+      "pip install 'unclip-jax[gcs]'"
+    ) from error
+  return store
+
+
 def write_atomically(path: epath.Path, write: Callable[[Path], None]) -> None:
   """Makes a file through another name, so that the right one only ever holds a whole file.
 
