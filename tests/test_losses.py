@@ -139,6 +139,21 @@ def test_min_snr_weights_one_and_the_same_error_of_x_0(gamma):
     np.testing.assert_allclose(loss, expected, rtol=1e-4, err_msg=prediction_type)
 
 
+def test_v_weighted_by_the_noise_variance_is_the_error_of_x_0():
+  step_b = take_rows(TABLE, jnp.array([5, 50, 300, 600, 800, 950]))
+  x_0, eps = image(), normals(1)
+  x_t = gaussian.q_sample(x_0, eps, step_b)
+  x_0_pred = x_0 + 0.3 * normals(2)
+  v = gaussian.v_from_x_0(x_0_pred, gaussian.eps_from_x_0(x_t, x_0_pred, step_b), step_b)
+  noise_var = 1 - SCHEDULE.alpha_bar[[5, 50, 300, 600, 800, 950]]
+  error = ((x_0_pred - x_0) ** 2).mean((1, 2, 3))
+  for power, expected in ((2.0, error), (1.0, error * noise_var**-0.5), (0.0, error / noise_var)):
+    args = (v, x_0, eps, x_t, step_b, 'v', False)
+    loss, metrics = losses.diffusion_loss(*args, noise_power=power)
+    np.testing.assert_allclose(loss, expected, rtol=1e-3)
+    np.testing.assert_allclose(metrics['mse'], error / noise_var, rtol=1e-3)
+
+
 @pytest.mark.parametrize('prediction_type', ['eps', 'x_0', 'v'])
 @pytest.mark.parametrize('size', [0.0, 1.0, 30.0, 1e3, 3e4])
 @pytest.mark.parametrize('sign', [-1, 1])

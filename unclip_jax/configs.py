@@ -69,6 +69,7 @@ class DiffusionConfig:
   clip_x_0: float | None = None
   dynamic_threshold: float | None = None  # a percentile; bounds x_0 in place of clip_x_0
   min_snr_gamma: float | None = None
+  noise_power: float = 0.0  # the loss is weighted by sigma_t ** noise_power
 
 
 @dataclasses.dataclass(frozen=True)

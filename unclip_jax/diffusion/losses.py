@@ -55,6 +55,7 @@ def diffusion_loss(
   learned_variance: bool,
   min_snr_gamma: float | None = None,
   vlb_weight: float = 1.0,
+  noise_power: float = 0.0,
 ) -> tuple[Array, dict[str, Array]]:
   """The loss of each sample: L_simple, plus vlb_weight * L_vlb where the variance is learned.
 
@@ -68,6 +69,9 @@ def diffusion_loss(
     learned_variance: whether the second half of the channels is a learned range.
     min_snr_gamma: weights L_simple by min-SNR (the authors take 5); None weights it by 1.
     vlb_weight: 0.001 T; 1.0 for a schedule of 1000 steps.
+    noise_power: weights L_simple by sigma_t ** noise_power, sigma_t^2 = 1 - alpha_bar. On v, 2 is
+      the squared error of x_0; 1 lies between, and spends little on the least noise, which no
+      picture shows.
 
   Returns:
     loss float32 [b], and {'mse': [b] unweighted, 'vlb': [b] bits per dimension, if learned}.
@@ -82,6 +86,8 @@ def diffusion_loss(
   loss = mse
   if min_snr_gamma is not None:
     loss = loss * min_snr_weight(step_b, prediction_type, min_snr_gamma)
+  if noise_power:
+    loss = loss * jnp.asarray(step_b.noise_var) ** (noise_power / 2)
   if learned_variance:
     fixed = jax.lax.stop_gradient(prediction_channels)
     x_0_pred = gaussian.predict(fixed, x_t, step_b, prediction_type).x_0

@@ -82,6 +82,7 @@ def loss(
     diffusion.learned_variance,
     diffusion.min_snr_gamma,
     vlb_weight=0.001 * diffusion.num_steps,
+    noise_power=diffusion.noise_power,
   )
   return loss_b.mean(), jax.tree.map(jnp.mean, metrics)
 

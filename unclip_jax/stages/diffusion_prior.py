@@ -97,7 +97,15 @@ def loss(
   network = PriorNetwork(config, dtype)
   output = network.apply({'params': params}, x_t, step.t, text, method='predict')
   loss_b, _ = losses.diffusion_loss(
-    output, x_0, eps, x_t, step, config.diffusion.prediction, False, config.diffusion.min_snr_gamma
+    output,
+    x_0,
+    eps,
+    x_t,
+    step,
+    config.diffusion.prediction,
+    False,
+    config.diffusion.min_snr_gamma,
+    noise_power=config.diffusion.noise_power,
   )
   z_i_hat = output * statistics.std[None] + statistics.mean[None]
   cosine = (l2_normalize(z_i_hat) * l2_normalize(z_i)).sum(axis=-1).mean()

@@ -84,6 +84,7 @@ def loss(
       diffusion.learned_variance,
       diffusion.min_snr_gamma,
       vlb_weight=0.001 * diffusion.num_steps,
+      noise_power=diffusion.noise_power,
     )
     total = total + loss_b.mean()
   return total, jax.tree.map(jnp.mean, metrics)
