@@ -108,7 +108,7 @@ def test_the_second_kind_of_upsampler_learns_from_degraded_pictures(tmp_path):
   arguments = [f'--run={tmp_path}', '--steps=2', *TINY]
   train_upsampler.main([*arguments, '--set=upsamplers.0.degradation=bsr'])
   assert 'upsampler_0' in read_manifest(tmp_path).stages
-  with pytest.raises(UnclipError, match="degradation 'dirt'"):
+  with pytest.raises(UnclipError, match="degradation is 'dirt'"):
     train_upsampler.main([*arguments, '--set=upsamplers.0.degradation=dirt'])
 
 
