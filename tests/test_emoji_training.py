@@ -145,7 +145,7 @@ def test_a_run_records_its_options_and_its_samples(whole):
     ('--pool-size=2', '--pool-size 2: take at least the 4 of --batch-size'),
     ('--steps=many', r"--steps: invalid int value: 'many' \(see --help\)"),
     ('--scene-fraction=7', '--scene-fraction 7: take a fraction from 0 to 1'),
-    ('--set=optimizer.warmup_steps=99', r'a warm-up of 99 steps .*--set optimizer\.FIELD'),
+    ('--set=optimizer.warmup_steps=9999', r'a warm-up of 9999 steps .*--set optimizer\.FIELD'),
     ('--dtype=float8', '--dtype float8'),
     ('--stage=1', 'has 1 upsamplers'),
     ('--styles=oil', 'oil'),
