@@ -215,10 +215,10 @@ def override(config: Any, assignments: Sequence[str]) -> Any:
       value = text
     *parents, leaf = path.strip().split('.')
     node = values
-    if leaf == 'width':
-      parents, leaf = _unet_channels(values, parents)
     for i, name in enumerate([*parents, leaf]):
       key: Any = int(name) if isinstance(node, list) and name.isdigit() else name
+      if key == 'width' and isinstance(node, dict) and 'unet' in node:
+        node, key = node['unet'], 'channels'
       known = range(len(node)) if isinstance(node, list) else node if isinstance(node, dict) else ()
       if key not in known:
         place = '.'.join([*parents, leaf][:i]) or 'the config'
@@ -228,17 +228,6 @@ def override(config: Any, assignments: Sequence[str]) -> Any:
       else:
         node[key] = value
   return from_json(type(config), values, 'config')
-
-
-def _unet_channels(values: Any, parents: list[str]) -> tuple[list[str], str]:
-  """The path of the width of what lies at `parents`: a U-Net's is that of its first channels."""
-  node = values
-  for name in parents:
-    index = int(name) if name.isdigit() else -1
-    inside = node[index] if isinstance(node, list) and 0 <= index < len(node) else None
-    node = node.get(name) if isinstance(node, dict) else inside
-  has_unet = isinstance(node, dict) and 'unet' in node
-  return ([*parents, 'unet'], 'channels') if has_unet else (parents, 'width')
 
 
 def _names(node: Any) -> str:

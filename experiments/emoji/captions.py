@@ -148,11 +148,16 @@ def scene_caption(
   return caption + _background(rng, colour)
 
 
-def plain_caption(label: str, style: str, colour: int) -> str:
-  """Returns the one caption that says everything of an object: its name, style and background."""
+def in_style(things: str, style: str, colour: int) -> str:
+  """Returns the one caption that says all of what is drawn: 'a cat, 3d style on a red background'.
+
+  Args:
+    things: one or two objects, with their articles.
+    style: one of STYLES.
+    colour: index of the background in COLOUR_NAMES.
+  """
   name = COLOUR_NAMES[colour]
-  ground = f'an {name}' if name == 'orange' else f'a {name}'
-  return f'{article(label)}{label}, {style} style on {ground} background'
+  return f'{things}, {style} style on {article(name)}{name} background'
 
 
 def draw_colour(rng: np.random.Generator) -> int:

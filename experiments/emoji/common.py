@@ -76,8 +76,11 @@ class TrainConfig:
   dtype: Any
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+  """Says what is wrong with options in one line, through `run`."""
+
   def error(self, message: str) -> NoReturn:
+    """Raises UnclipError in place of printing the usage and leaving."""
     raise UnclipError(f'{message} (see --help)')
 
 
@@ -92,7 +95,7 @@ def parse_options(
 ) -> TrainConfig:
   """The options of a training script (of the process if argv is None); defaults as given."""
   on_accelerator = jax.default_backend() != 'cpu'
-  parser = _Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+  parser = Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
   add = parser.add_argument
   add('--run', type=Path, default=Path('runs/emoji_small'), help='folder of the run')
   add('--preset', default='emoji_small', help='tiny, emoji_small, emoji or paper')

@@ -171,16 +171,7 @@ class CaptionedEmoji:
       UnclipError: an unknown split, style, group or label, or no sprite fits.
     """
     _check_known('split', splits, SPLITS)
-    _check_known('style', styles or (), np.unique(sprites.style))
-    _check_known('group', groups or (), np.unique(sprites.group))
-    _check_known('label', labels, np.unique(sprites.label))
-    if labels and groups is None:
-      raise UnclipError('labels add to groups, and without groups all objects are drawn already')
-    fits = np.ones(len(sprites), bool)
-    if styles is not None:
-      fits &= np.isin(sprites.style, styles)
-    if groups is not None:
-      fits &= np.isin(sprites.group, groups) | np.isin(sprites.label, labels)
+    fits = in_domain(sprites, styles, groups, labels)
     self._strictness = np.array([SPLITS.index(split) for split in sprites.split])
     self._primary = np.flatnonzero(fits & np.isin(sprites.split, splits))
     if not len(self._primary):
@@ -203,11 +194,6 @@ class CaptionedEmoji:
     rng = np.random.default_rng((self._seed, index))
     truth = self._draw_truth(rng)
     return Example(draw(self._sprites, truth, self._size, rng, self._jitter), *truth)
-
-  @property
-  def sprite_indices(self) -> np.ndarray:
-    """The sprites that objects are drawn from, int [n]."""
-    return self._primary
 
   def truth(self, index: int) -> Truth:
     """Returns the same as `source[index]` without its picture."""
@@ -239,6 +225,30 @@ class CaptionedEmoji:
       if sprites.concept[partner] != sprites.concept[primary]:
         return partner
     return None
+
+
+def in_domain(
+  sprites: Sprites,
+  styles: Sequence[str] | None,
+  groups: Sequence[str] | None,
+  labels: Sequence[str],
+) -> np.ndarray:
+  """Which sprites are drawn, bool [n]; arguments as for `CaptionedEmoji`.
+
+  Raises:
+    UnclipError: an unknown style, group or label, or labels without groups to add them to.
+  """
+  _check_known('style', styles or (), np.unique(sprites.style))
+  _check_known('group', groups or (), np.unique(sprites.group))
+  _check_known('label', labels, np.unique(sprites.label))
+  if labels and groups is None:
+    raise UnclipError('labels add to groups, and without groups all objects are drawn already')
+  fits = np.ones(len(sprites), bool)
+  if styles is not None:
+    fits &= np.isin(sprites.style, styles)
+  if groups is not None:
+    fits &= np.isin(sprites.group, groups) | np.isin(sprites.label, labels)
+  return fits
 
 
 def draw(

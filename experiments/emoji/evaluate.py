@@ -21,12 +21,12 @@ from PIL import Image
 
 import unclip_jax
 from experiments.emoji import common, held_out, measures
-from experiments.emoji.compose import CaptionedEmoji, Sprites, load_sprites
+from experiments.emoji.compose import CaptionedEmoji, Sprites, in_domain, load_sprites
 from experiments.emoji.held_out import Gallery
 from unclip_jax import Sampling, Unclip
 from unclip_jax.data.degradations import area_downsample
 from unclip_jax.evaluate.frechet import MIN_ROWS_A_DIMENSION, frechet_distance
-from unclip_jax.evaluate.retrieval import bootstrap, is_first
+from unclip_jax.evaluate.retrieval import Interval, bootstrap, is_first
 from unclip_jax.images import make_grid
 from unclip_jax.stages import common as stage_common
 from unclip_jax.stages import upsampler
@@ -34,6 +34,8 @@ from unclip_jax.types import UnclipError
 
 GUIDANCE_SCALES = (1.0, 1.5, 2.0, 3.0, 5.0)
 STEPS = (5, 10, 25, 50, 100)
+Row = dict[str, Interval | float]  # measures by their names
+
 MIN_JUDGE = 0.8  # R@1 on real pictures, below which a judge's word is worth little
 
 
@@ -71,7 +73,7 @@ class Bench:
     """Pictures of captions, `num_images` each."""
     return self.model.sample(list(captions), seed=0, num_images=num_images, **options).images
 
-  def row(self, images: np.ndarray) -> dict[str, str]:
+  def row(self, images: np.ndarray) -> Row:
     """All measures of pictures [captions * num_samples] of what was asked for."""
     features, truths, groups = self.judge_images(images), self.asked, self.labels
     to_size = images.shape[1]
@@ -95,7 +97,7 @@ class Bench:
     return float(1 - (within / (n * (n - 1))).mean())
 
 
-def compare_sources(bench: Bench) -> dict[str, dict]:
+def compare_sources(bench: Bench) -> dict[str, Row]:
   """The real pictures, and those decoded from each of what the decoder may be given."""
   asked = [truth.caption for truth in bench.gallery.truths[: bench.gallery.num_asked]]
   model, n = bench.model, bench.num_samples
@@ -116,7 +118,7 @@ def compare_sources(bench: Bench) -> dict[str, dict]:
   return rows
 
 
-def find_the_weakest(bench: Bench, rows: dict[str, dict]) -> dict[str, str]:
+def find_the_weakest(bench: Bench, rows: dict[str, Row]) -> dict[str, str]:
   """One figure a stage."""
   model, gallery = bench.model, bench.gallery
   truths = gallery.truths[: gallery.num_asked]
@@ -171,7 +173,7 @@ def psnr(images: np.ndarray, real: np.ndarray) -> float:
   return float(10 * np.log10(255**2 / max(error, 1e-12)))
 
 
-def measure_scenes(bench: Bench, num: int) -> dict[str, str]:
+def measure_scenes(bench: Bench, num: int) -> dict[str, Row]:
   """Whether two objects are where the caption says, by the judge and by pixels."""
   scenes = held_out.scenes(bench.sprites, bench.gallery, num)
   asked = [places[0] for places in scenes]
@@ -185,9 +187,10 @@ def measure_scenes(bench: Bench, num: int) -> dict[str, str]:
     bound, distinct = measures.is_bound(images, real, asked)
     result[name] = {
       'right place of four': bootstrap(scores.argmax(axis=1) == 0),
-      'colours in their places': bootstrap(bound[distinct]),
       'background': bootstrap(measures.has_background(images, asked)),
     }
+    if distinct.any():
+      result[name]['colours in their places'] = bootstrap(bound[distinct])
   return result
 
 
@@ -205,7 +208,6 @@ def measure_distance(bench: Bench, options: dict, num: int) -> float:
   )
   examples = [source[i] for i in range(num)]
   drawn = bench.draw([example.caption for example in examples], 1)
-  # Other real pictures of the same kind are what 0 would be.
   real = np.stack([example.image for example in examples])
   return frechet_distance(bench.judge_images(drawn), bench.judge_images(real))
 
@@ -241,22 +243,21 @@ def sweep(bench: Bench, image_file: Path) -> None:
 def nearest_of_training(bench: Bench, options: dict, num: int = 16) -> np.ndarray:
   """Samples of held-out captions above the training pictures that the judge finds nearest."""
   sprites = bench.sprites
-  source = CaptionedEmoji(
-    sprites, 64, 1, 0, ('train',), options['styles'], options['groups'], options['labels'], 0.0
-  )
+  domain = in_domain(sprites, options['styles'], options['groups'], options['labels'])
+  candidates = np.flatnonzero(domain & (sprites.split == 'train'))
   truths = bench.asked[:: bench.num_samples][:num]
   drawn = bench.draw([truth.caption for truth in truths], 1)
   features, nearest = bench.judge_images(drawn), []
   for truth, query in zip(truths, features, strict=True):
     # The whole training set on the background that was asked for: the object is what is compared.
-    there = [truth._replace(sprite_index=i, second_index=i) for i in source.sprite_indices]
+    there = [truth._replace(sprite_index=i, second_index=i) for i in candidates]
     gallery = bench.judge_images(held_out.real_pictures(sprites, there, 64))
     best = there[int((gallery @ query).argmax())]
     nearest.append(held_out.real_pictures(sprites, [best], bench.size)[0])
   return np.concatenate([drawn, np.stack(nearest)])
 
 
-def table(rows: dict[str, dict]) -> str:
+def table(rows: dict[str, Row]) -> str:
   """Rows of measures in Markdown."""
   names = list(dict.fromkeys(name for row in rows.values() for name in row))
   lines = ['| | ' + ' | '.join(names) + ' |', '|---' * (len(names) + 1) + '|']
@@ -268,9 +269,7 @@ def table(rows: dict[str, dict]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = common.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--run', type=Path, default=Path('runs/emoji_small'))
   parser.add_argument('--judge', type=Path, default=Path('runs/judge'))
   parser.add_argument('--images', type=Path, default=Path('docs/images'))

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments.emoji import captions
-from experiments.emoji.compose import Sprites, Truth, draw
+from experiments.emoji.compose import Sprites, Truth, draw, in_domain
 from unclip_jax.types import UnclipError
 
 
@@ -43,13 +43,9 @@ def make_gallery(
   set fill up the gallery.
 
   Raises:
-    UnclipError: the domain has no held-out pair.
+    UnclipError: the domain has no held-out pair, or is none.
   """
-  fits = np.ones(len(sprites), bool)
-  if styles is not None:
-    fits &= np.isin(sprites.style, styles)
-  if groups is not None:
-    fits &= np.isin(sprites.group, groups) | np.isin(sprites.label, labels)
+  fits = in_domain(sprites, styles, groups, labels)
   asked = _one_a_concept(sprites, fits & (sprites.split == split))[:size]
   if not asked:
     raise UnclipError(f'the domain has no pair of {split}: take more styles or groups')
@@ -95,13 +91,14 @@ def _scene(sprites: Sprites, first: int, second: int, relation: int, background:
   words = {'left of': 'to the left of', 'right of': 'to the right of'}
   place = words.get(captions.RELATIONS[relation], captions.RELATIONS[relation])
   one, other = (captions.article(sprites.label[i]) + sprites.label[i] for i in (first, second))
-  ground = captions.plain_caption('x', sprites.style[first], background).partition(', ')[2]
-  return Truth(f'{one} {place} {other}, {ground}', first, second, True, relation, background)
+  caption = captions.in_style(f'{one} {place} {other}', sprites.style[first], background)
+  return Truth(caption, first, second, True, relation, background)
 
 
 def _truth(sprites: Sprites, index: int) -> Truth:
   background = _hash(f'background {sprites.concept[index]}') % len(captions.COLOUR_NAMES)
-  caption = captions.plain_caption(sprites.label[index], sprites.style[index], background)
+  label = sprites.label[index]
+  caption = captions.in_style(captions.article(label) + label, sprites.style[index], background)
   return Truth(caption, index, index, False, 0, background)
 
 

@@ -7,7 +7,6 @@ set: nobody chose them. The text printed holds no figure that is not measured he
 the runs' metrics.
 """
 
-import argparse
 import csv
 import json
 import textwrap
@@ -76,7 +75,7 @@ def training_row(folder: Path) -> str:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__)
+  parser = common.Parser(description=__doc__)
   parser.add_argument('--run', type=Path, default=Path('runs/emoji_small'))
   parser.add_argument('--images', type=Path, default=Path('docs/images'))
   args = parser.parse_args()

@@ -120,7 +120,7 @@ class Unclip:
       prompts: one or several captions. What one has beyond the model's context length is cut, with
         a UserWarning that shows it. Empty ones are for z_i that are given.
       seed: 0 to 2^32 - 1.
-      num_images: for each prompt.
+      num_images: for each prompt; at most 10,000 pictures a call, which holds them all.
       first_image: the index of each prompt's first image: images 4 and 5 of a seed are
         `first_image=4, num_images=2`.
       negative_prompt: what guidance leads away from; without one, the empty caption.
@@ -151,10 +151,6 @@ class Unclip:
     settings.check_callable('on_batch', on_batch)
     config, n = self.config, len(captions) * num_images
     num_ups = settings.num_upsamplers(config, size)
-    if not isinstance(upsampler, Sampling):
-      raise UnclipError(f'upsampler: give a Sampling, not {type(upsampler).__name__}')
-    if upsampler.guidance_scale is not None:
-      raise UnclipError('upsampler: it is not guided; give the guidance scale to the decoder')
     if num_candidates is None:
       num_candidates = config.prior.num_candidates
     settings.check_count('the number of candidates', num_candidates)
@@ -170,6 +166,8 @@ class Unclip:
       settings.resolve(f'upsampler {i}', up.diffusion, up.sampling, upsampler)
       for i, up in enumerate(config.upsamplers)
     )
+    if upsampler.guidance_scale is not None:
+      raise UnclipError('upsampler: it is not guided; give the guidance scale to the decoder')
     captions = [caption for caption in captions for _ in range(num_images)]
     request = Request(
       captions=tuple(captions),
