@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,14 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.emoji import common, train_clip, train_decoder, train_prior, train_upsampler
+from experiments.emoji import (
+  common,
+  evaluate,
+  train_clip,
+  train_decoder,
+  train_prior,
+  train_upsampler,
+)
 from unclip_jax.stages import clip
 from unclip_jax.systems.unclip import load
 from unclip_jax.train.log import RunLog
@@ -28,6 +36,9 @@ STAGES = {
 TINY = [
   '--preset=tiny',
   '--set=optimizer.warmup_steps=2',
+  '--set=decoder.draft_width=16',
+  '--set=decoder.unet.condition_channels=3',
+  '--draft-steps=2',
   '--styles=flat',
   '--groups=food-drink',
   '--pool-size=16',
@@ -55,9 +66,9 @@ def whole(tmp_path_factory) -> Path:
   return run
 
 
-def losses(run: Path, stage: str) -> dict[int, str]:
+def losses(run: Path, stage: str, name: str = 'loss') -> dict[int, str]:
   with (run / stage / 'metrics.csv').open() as file:
-    return {int(row['step']): row['loss'] for row in csv.DictReader(file) if row['loss']}
+    return {int(row['step']): row[name] for row in csv.DictReader(file) if row[name]}
 
 
 class Killed(Exception):
@@ -130,8 +141,26 @@ def test_a_run_records_its_options_and_its_samples(whole):
     assert options['styles'] == ['flat'] and options['batch_size'] == 4
     assert options['optimizer']['warmup_steps'] == 2
     assert options['config']['clip']['text']['vocab_size'] == 2048
+  assert len(losses(whole, 'draft', 'draft_mse')) == 2
   assert list((whole / 'decoder' / 'samples').glob('real_and_decoded_*.png'))
   assert list((whole / 'upsampler_0' / 'samples').glob('bicubic_ours_real_*.png'))
+
+
+def test_a_run_is_measured_from_end_to_end(whole, tmp_path, capsys):
+  """By its own CLIP: what a judge is worth is the judge's affair."""
+  arguments = [f'--run={whole}', f'--judge={whole}', f'--images={tmp_path}', '--captions=30']
+  evaluate.main([*arguments, '--samples=2', '--scenes=6', '--no-sweep'])
+  shown = capsys.readouterr().out
+  rows = {line.split('|')[1].strip(): line for line in shown.splitlines() if line.startswith('|')}
+  for row in ('real', 'true z_i', 'prior', 'z_t as z_i', 'caption alone', 'generated'):
+    assert row in rows
+  real = rows['real'].split('|')[2:]
+  assert real[2].split()[0] == '1.000' and real[3].split()[0] == '1.000', 'backgrounds, silhouettes'
+  assert real[4].split()[0] == '0.000', 'colours'
+  assert float(rows['prior'].split('|')[5].split()[0]) < 0.9
+  assert re.search(r'cosine to the true z_i [-\d.]+ \[', shown)
+  assert float(re.search(r'160 pictures: ([\d.]+)', shown)[1]) > 0
+  assert (tmp_path / 'nearest.webp').exists()
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,12 @@ from unclip_jax.presets import TINY
 from unclip_jax.stages import decoder, upsampler
 
 KARLO = dataclasses.replace(TINY.decoder, text=None, clip_text_width=24)
+DRAFT = dataclasses.replace(
+  TINY.decoder, draft_width=24, unet=dataclasses.replace(TINY.decoder.unet, condition_channels=3)
+)
+DECODERS = pytest.mark.parametrize(
+  'config', [TINY.decoder, KARLO, DRAFT], ids=['own text', 'text projection', 'draft']
+)
 UPSAMPLER = TINY.upsamplers[0]
 
 
@@ -47,13 +53,13 @@ DECODER_INPUTS = {
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames='dtype')
-def predict(config, params, text, x_t, t, z_i, has_z_i, dtype=jnp.float32):
+def predict_both(config, params, text, x_t, t, z_i, has_z_i, dtype=jnp.float32):
   network = DecoderNetwork(config, dtype)
   return network.apply({'params': params}, x_t, t, text, z_i, has_z_i, True, method='predict')
 
 
 def run_decoder(config, params, text, **changed):
-  return predict(config, params, text, **DECODER_INPUTS | changed)
+  return predict_both(config, params, text, **DECODER_INPUTS | changed)[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -120,7 +126,7 @@ def test_fresh_upsampler_returns_zero():
   np.testing.assert_array_equal(output, 0)
 
 
-@pytest.mark.parametrize('config', [TINY.decoder, KARLO], ids=['own text', 'text projection'])
+@DECODERS
 def test_decoder_feels_each_of_its_inputs(config):
   params, text = make_decoder(config), make_text()
   output = run_decoder(config, params, text)
@@ -139,7 +145,7 @@ def test_decoder_feels_each_of_its_inputs(config):
     assert (np.abs(value - output).max(axis=(1, 2, 3)) > 1e-3).all(), name
 
 
-@pytest.mark.parametrize('config', [TINY.decoder, KARLO], ids=['own text', 'text projection'])
+@DECODERS
 def test_decoder_ignores_padding(config):
   params, text = make_decoder(config), make_text()
   padded = text._replace(
@@ -150,13 +156,32 @@ def test_decoder_ignores_padding(config):
   np.testing.assert_allclose(run_decoder(config, params, padded), output, atol=1e-6)
 
 
-def test_decoder_without_z_i_does_not_depend_on_it():
-  params, text = make_decoder(TINY.decoder), make_text()
+@DECODERS
+def test_decoder_without_z_i_does_not_depend_on_it(config):
+  params, text = make_decoder(config), make_text()
   absent = jnp.array([False, True])
-  output = run_decoder(TINY.decoder, params, text, has_z_i=absent)
-  changed = run_decoder(TINY.decoder, params, text, has_z_i=absent, z_i=normal(2, 16, seed=9))
+  output = run_decoder(config, params, text, has_z_i=absent)
+  changed = run_decoder(config, params, text, has_z_i=absent, z_i=normal(2, 16, seed=9))
   np.testing.assert_array_equal(changed[0], output[0])
   assert np.abs(changed - output)[1].max() > 1e-3
+
+
+def test_a_draft_is_an_image_that_the_unet_is_given():
+  params, text = make_decoder(DRAFT), make_text()
+  output, draft = predict_both(DRAFT, params, text, **DECODER_INPUTS)
+  assert draft.shape == (2, 16, 16, 3)
+  z_i = normal(2, 16, seed=9)
+  for changed in (
+    predict_both(DRAFT, params, text, **DECODER_INPUTS | {'z_i': z_i}),
+    predict_both(DRAFT, params, text._replace(ids=text.ids[::-1]), **DECODER_INPUTS),
+  ):
+    assert (np.abs(changed[1] - draft).max(axis=(1, 2, 3)) > 1e-3).all()
+  # A pixel of the draft reaches the output, but no gradient of the output reaches the draft.
+  other = {**params, 'draft': jax.tree.map(lambda a: 2 * a, params['draft'])}
+  assert np.abs(run_decoder(DRAFT, other, text) - output).max() > 1e-3
+  grads = jax.jit(jax.grad(lambda p: run_decoder(DRAFT, p, text).sum()))(params)
+  assert all((g == 0).all() for g in jax.tree.leaves(grads['draft']))
+  assert np.abs(grads['unet']['conv_condition']['kernel']).max() > 0
 
 
 def test_decoder_in_bfloat16_is_finite_and_near_float32():

@@ -90,6 +90,24 @@ def test_decoder_learns_one_batch():
   assert after < 0.7 * before
 
 
+def test_a_draft_learns_one_batch_beside_the_unet():
+  image, z_i = smooth_images(4, 16), normal(4, 16)
+  text, null_text = make_text(4), make_text(1, seed=9)
+  config = one_level(TINY.decoder, attention_levels=(0,))
+  unet = dataclasses.replace(config.unet, condition_channels=3)
+  config = dataclasses.replace(config, draft_width=24, unet=unet, image_drop=0.0)
+
+  def loss_fn(params, key):
+    return decoder.loss(config, params, image, z_i, text, null_text, key)
+
+  def draft_error(params):
+    return loss_fn(params, jax.random.key(1))[1]['draft_mse']
+
+  params = fresh(decoder, config)
+  _, _, trained = overfit(loss_fn, params)
+  assert draft_error(trained) < 0.2 * draft_error(params)
+
+
 def test_upsampler_learns_one_batch_of_crops_with_both_its_networks():
   config = one_level(dataclasses.replace(TINY.upsamplers[0], final_unet=True))
   image = smooth_images(4, 8)
@@ -131,8 +149,9 @@ def recorded_inputs(monkeypatch, stage, network_name, run):
 
     def apply(self, variables, x_t, t, *conditioning, method, rngs=None):
       seen.append((x_t, t, *conditioning))
-      shape = x_t.shape if self.channels is None else (*x_t.shape[:-1], self.channels)
-      return jnp.zeros(shape)
+      if self.channels is None:
+        return jnp.zeros(x_t.shape)
+      return jnp.zeros((*x_t.shape[:-1], self.channels)), None
 
   monkeypatch.setattr(stage, network_name, Recorder)
   run()
@@ -187,6 +206,20 @@ def test_decoder_drops_as_its_config_says(monkeypatch, text_drop, image_drop):
   )
   assert (dropped_rows(seen_text, null_text) == bool(text_drop)).all()
   assert (np.asarray(has_z_i) == (not image_drop)).all()
+
+
+def test_noise_turns_z_i_by_as_much_as_the_config_says_and_keeps_its_length(monkeypatch):
+  config = dataclasses.replace(CONFIG.decoder, z_i_noise=0.75)
+  n, z_i = 2_000, normal(2_000, 16)
+  args = (jnp.zeros((n, 1, 1, 3)), z_i, make_text(n), make_text(1, seed=9), jax.random.key(0))
+  seen = recorded_inputs(
+    monkeypatch, decoder, 'DecoderNetwork', lambda: decoder.loss(config, {}, *args)
+  )[3]
+  norms = [np.linalg.norm(z, axis=1) for z in (z_i, seen)]
+  np.testing.assert_allclose(norms[1], norms[0], rtol=1e-5)
+  tangent = np.tan(np.arccos((z_i * seen).sum(axis=1) / (norms[0] * norms[1])))
+  # The part of the noise along z_i only spreads the tangent: its median is near 0.75.
+  assert abs(np.median(tangent) - 0.75) < 0.05
 
 
 def test_prior_drops_captions_in_10_percent(monkeypatch):

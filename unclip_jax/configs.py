@@ -144,6 +144,8 @@ class DecoderConfig:
   embed_scale: float = 1.0  # z_i is multiplied by it; sqrt(embed_dim) for embeddings of unit norm
   image_drop: float = 0.1
   text_drop: float = 0.5
+  z_i_noise: float = 0.0  # length of the noise that training adds to z_i, over that of z_i
+  draft_width: int = 0  # of a first guess that the U-Net is given (condition_channels: 3); 0: none
 
 
 @dataclasses.dataclass(frozen=True)

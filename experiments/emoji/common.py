@@ -47,9 +47,10 @@ class TrainConfig:
     steps, batch_size, ema_decay: as they say.
     chunk: updates between two lines of the log.
     save_every: updates between checkpoints.
+    draft_steps: updates of the decoder's draft alone, before the first of the decoder.
     minutes: stop, with a checkpoint, after so long; None trains all steps.
     pool_size: composed examples held in memory, from which batches are drawn.
-    styles, groups, labels, scene_fraction: what is drawn, see `CaptionedEmoji`.
+    styles, groups, labels, scene_fraction, jitter: what is drawn, see `CaptionedEmoji`.
     stage: which of the upsamplers.
     data: folder of a build; None is the one that comes with the repository.
     seed: of everything random.
@@ -64,12 +65,14 @@ class TrainConfig:
   ema_decay: float
   chunk: int
   save_every: int
+  draft_steps: int
   minutes: float | None
   pool_size: int
   styles: tuple[str, ...] | None
   groups: tuple[str, ...] | None
   labels: tuple[str, ...]
   scene_fraction: float
+  jitter: float
   stage: int
   data: Path | None
   seed: int
@@ -114,12 +117,14 @@ def parse_options(
   add('--ema-decay', type=float, default=ema_decay, help='of the average that is exported')
   add('--chunk', type=int, default=100 if on_accelerator else 20, help='updates between log lines')
   add('--save-every', type=int, default=1000, help='updates between checkpoints')
+  add('--draft-steps', type=int, default=2500, help="of the decoder's draft alone, before all else")
   add('--minutes', type=float, default=None, help='stop with a checkpoint after so long')
   add('--pool-size', type=int, default=pool_size, help='composed examples held in memory')
   add('--styles', nargs='+', default=None, help='of flat 3d noto twemoji (all)')
   add('--groups', nargs='+', default=None, help="emojibase's, such as food-drink (all)")
   add('--labels', nargs='+', default=(), help='objects beside those of --groups, such as rocket')
   add('--scene-fraction', type=float, default=0.15, help='pictures of two objects')
+  add('--jitter', type=float, default=0.04, help='largest change of scale and of place')
   add('--stage', type=int, default=0, help='which of the upsamplers, by train_upsampler')
   add('--data', type=Path, default=None, help='a build of experiments.emoji.build')
   add('--seed', type=int, default=0, help='of everything random')
@@ -133,11 +138,13 @@ def parse_options(
       raise UnclipError(f'--{name.replace("_", "-")} {getattr(args, name)}: take 1 or more')
   if args.steps % args.chunk:
     raise UnclipError(f'--steps {args.steps}: take a multiple of --chunk {args.chunk}')
+  if args.draft_steps < 0 or args.draft_steps % args.chunk:
+    raise UnclipError(f'--draft-steps {args.draft_steps}: take a multiple of --chunk {args.chunk}')
   if args.pool_size < args.batch_size:
     raise UnclipError(
       f'--pool-size {args.pool_size}: take at least the {args.batch_size} of --batch-size'
     )
-  for name in ('scene_fraction', 'ema_decay'):
+  for name in ('scene_fraction', 'jitter', 'ema_decay'):
     if not 0 <= getattr(args, name) <= 1:
       value = getattr(args, name)
       raise UnclipError(f'--{name.replace("_", "-")} {value:g}: take a fraction from 0 to 1')
@@ -161,12 +168,14 @@ def parse_options(
     ema_decay=args.ema_decay,
     chunk=args.chunk,
     save_every=args.save_every,
+    draft_steps=args.draft_steps,
     minutes=args.minutes,
     pool_size=args.pool_size,
     styles=tuple(args.styles) if args.styles else None,
     groups=tuple(args.groups) if args.groups else None,
     labels=tuple(args.labels),
     scene_fraction=args.scene_fraction,
+    jitter=args.jitter,
     stage=args.stage,
     data=args.data,
     seed=args.seed,
@@ -238,6 +247,7 @@ def compose(
     groups=train.groups,
     labels=train.labels,
     scene_fraction=train.scene_fraction if 'train' in splits else 0.0,
+    jitter=train.jitter,
     data_dir=train.data,
   )
 

@@ -3,6 +3,8 @@
 python -m experiments.emoji.train_decoder --run runs/emoji_small
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,6 +27,8 @@ from unclip_jax.train.state import (
 from unclip_jax.weights.checkpoint import Checkpoints
 
 NUM_HELD_OUT = 32
+DRAFT_OPTIMIZER = OptimizerConfig(learning_rate=1e-3, decay='cosine')
+DRAFT_BATCH = 4  # times the decoder's
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -63,8 +67,28 @@ def main(argv: list[str] | None = None) -> None:
     image, text = common.to_float(batch['image']), common.text_features(batch)
     return decoder.loss(config, params, image, batch['z_i'], text, null_text, key, train.dtype)
 
+  def draft_loss_fn(params, batch, key):
+    image, text = common.to_float(batch['image']), common.text_features(batch)
+    return decoder.draft_loss(
+      config, params, image, batch['z_i'], text, null_text, key, train.dtype
+    )
+
   def make_batch(pool, indices, key):
     return sharding.constrain_batch(gather(pool, indices, key), mesh)
+
+  def learn_draft(params, key):
+    """The parameters after the updates of the draft alone, which cost little without the U-Net."""
+    ours = dataclasses.replace(train, batch_size=DRAFT_BATCH * train.batch_size)
+    optimizer = make_optimizer(DRAFT_OPTIMIZER, train.draft_steps)
+    updates = common.make_updates(ours, make_train_step(draft_loss_fn, optimizer, 0.0), make_batch)
+    state = jax.device_put(init_state(params, optimizer), sharding.replicated(mesh))
+    with RunLog(train.run / 'draft', train.draft_steps) as log:
+      while (step := int(state.step)) < train.draft_steps:
+        state, metrics = updates(state, arrays, key)
+        check_finite(metrics, step)
+        log.write(int(state.step), metrics, num_examples=ours.chunk * ours.batch_size)
+      log.write_curves(['draft_mse'])
+    return state.params
 
   optimizer = make_optimizer(train.optimizer, train.steps)
   train_step = make_train_step(loss_fn, optimizer, train.ema_decay)
@@ -82,14 +106,17 @@ def main(argv: list[str] | None = None) -> None:
     scale = jnp.float32(sampling.guidance_scale)
     return decoder.sample(config, params, text, uncond, rows['z_i'], key_b, plan, sampler, scale)[0]
 
-  key_init, key_run = jax.random.split(jax.random.key(train.seed))
-  state = init_state(decoder.init(config, key_init), optimizer)
-  state = jax.device_put(state, sharding.replicated(mesh))
+  key_init, key_draft, key_run = jax.random.split(jax.random.key(train.seed), 3)
   arrays = jax.device_put(arrays, sharding.replicated(mesh))
   folder = train.run / 'decoder'
   common.save_options(train, folder)
   with Checkpoints(folder / 'checkpoints') as checkpoints:
-    if checkpoints.latest_step() is not None:
+    is_new = checkpoints.latest_step() is None
+    params = decoder.init(config, key_init)
+    if config.draft_width and is_new:
+      params = learn_draft(params, key_draft)
+    state = jax.device_put(init_state(params, optimizer), sharding.replicated(mesh))
+    if not is_new:
       state = checkpoints.restore(state)
     time_is_up = common.deadline(train.minutes)
     with RunLog(folder, train.steps, resume_step=int(state.step)) as log:
@@ -105,7 +132,7 @@ def main(argv: list[str] | None = None) -> None:
           pairs = np.stack([held_out['image'], images], axis=1).reshape(-1, *images.shape[1:])
           log.write_image(step, 'real_and_decoded', make_grid(pairs, 16))
       checkpoints.save(step, state)
-      log.write_curves(['loss', 'mse'])
+      log.write_curves(['loss', 'mse', *(['draft_mse'] if config.draft_width else [])])
   common.export_stage(train, 'decoder', state.ema_params)
 
 

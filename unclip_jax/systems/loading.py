@@ -105,6 +105,15 @@ def check_config(config: UnclipConfig) -> None:
   for name, stage in stages.items():
     _check_diffusion(name, stage.diffusion)
     _check_unet(f'{name}.unet', stage.unet, stage.diffusion.learned_variance)
+  for name in ('z_i_noise', 'draft_width'):
+    if getattr(decoder, name) < 0:
+      raise UnclipError(f'decoder.{name} is {getattr(decoder, name):g}: take 0 or more')
+  wanted = decoder.unet.in_channels if decoder.draft_width else 0
+  if decoder.unet.condition_channels != wanted:
+    raise UnclipError(
+      f'decoder.unet.condition_channels is {decoder.unet.condition_channels}: with a '
+      f'decoder.draft_width of {decoder.draft_width} it must be {wanted}'
+    )
   for name, stage in {'prior': prior, **stages}.items():
     try:
       common.make_plan(stage.diffusion, stage.sampling)
