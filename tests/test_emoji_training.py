@@ -36,7 +36,7 @@ STAGES = {
 TINY = [
   '--preset=tiny',
   '--set=optimizer.warmup_steps=2',
-  '--set=decoder.draft_width=16',
+  '--set=decoder.draft_size=8',
   '--set=decoder.unet.condition_channels=3',
   '--draft-steps=2',
   '--styles=flat',

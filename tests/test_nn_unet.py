@@ -18,7 +18,10 @@ from unclip_jax.stages import decoder, upsampler
 
 KARLO = dataclasses.replace(TINY.decoder, text=None, clip_text_width=24)
 DRAFT = dataclasses.replace(
-  TINY.decoder, draft_width=24, unet=dataclasses.replace(TINY.decoder.unet, condition_channels=3)
+  TINY.decoder,
+  draft_size=8,
+  draft_width=24,
+  unet=dataclasses.replace(TINY.decoder.unet, condition_channels=3),
 )
 DECODERS = pytest.mark.parametrize(
   'config', [TINY.decoder, KARLO, DRAFT], ids=['own text', 'text projection', 'draft']
@@ -169,7 +172,7 @@ def test_decoder_without_z_i_does_not_depend_on_it(config):
 def test_a_draft_is_an_image_that_the_unet_is_given():
   params, text = make_decoder(DRAFT), make_text()
   output, draft = predict_both(DRAFT, params, text, **DECODER_INPUTS)
-  assert draft.shape == (2, 16, 16, 3)
+  assert draft.shape == (2, 8, 8, 3)
   z_i = normal(2, 16, seed=9)
   for changed in (
     predict_both(DRAFT, params, text, **DECODER_INPUTS | {'z_i': z_i}),

@@ -95,7 +95,7 @@ def test_a_draft_learns_one_batch_beside_the_unet():
   text, null_text = make_text(4), make_text(1, seed=9)
   config = one_level(TINY.decoder, attention_levels=(0,))
   unet = dataclasses.replace(config.unet, condition_channels=3)
-  config = dataclasses.replace(config, draft_width=24, unet=unet, image_drop=0.0)
+  config = dataclasses.replace(config, draft_size=8, draft_width=24, unet=unet, image_drop=0.0)
 
   def loss_fn(params, key):
     return decoder.loss(config, params, image, z_i, text, null_text, key)

@@ -145,7 +145,9 @@ class DecoderConfig:
   image_drop: float = 0.1
   text_drop: float = 0.5
   z_i_noise: float = 0.0  # length of the noise that training adds to z_i, over that of z_i
-  draft_width: int = 0  # of a first guess that the U-Net is given (condition_channels: 3); 0: none
+  # Pixels a side of a first guess that the U-Net is given (its condition_channels: 3); 0: no guess.
+  draft_size: int = 0
+  draft_width: int = 512  # of the hidden layers that guess
 
 
 @dataclasses.dataclass(frozen=True)

@@ -98,16 +98,16 @@ EMOJI_SMALL = UnclipConfig(
     embed_dim=128,
     embed_scale=128**0.5,
     # Two cores for two hours learn where things are only with a first guess to refine.
-    draft_width=768,
+    draft_size=16,
     z_i_noise=0.4,
     unet=UNetConfig(
       in_channels=3,
       out_channels=6,
       channels=48,
-      multipliers=(1, 2, 3),
+      multipliers=(1, 2, 4),
       num_res_blocks=1,
       attention_levels=(1, 2),
-      head_dim=16,
+      head_dim=32,
       context_dim=128,
       condition_channels=3,
       patch_size=2,
@@ -152,7 +152,7 @@ EMOJI = UnclipConfig(
   decoder=dataclasses.replace(
     EMOJI_SMALL.decoder,
     image_size=64,
-    draft_width=0,
+    draft_size=0,
     unet=dataclasses.replace(
       EMOJI_SMALL.decoder.unet,
       multipliers=(1, 2, 3, 3),

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 import unclip_jax
 from experiments.emoji.pool import Pool, make_pool
@@ -41,6 +42,7 @@ class TrainConfig:
   """A stage's training, as its script's options give it.
 
   Attributes:
+    init: a model whose weights the stage starts from, where it has them; None starts afresh.
     run: the model folder that is trained, and below it a folder a stage with its checkpoints.
     config: of all stages.
     optimizer: of this one.
@@ -57,6 +59,7 @@ class TrainConfig:
     dtype: what the networks compute in.
   """
 
+  init: str | None
   run: Path
   config: configs.UnclipConfig
   optimizer: OptimizerConfig
@@ -101,6 +104,7 @@ def parse_options(
   parser = Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
   add = parser.add_argument
   add('--run', type=Path, default=Path('runs/emoji_small'), help='folder of the run')
+  add('--init', default=None, help="a model whose weights to start from, such as 'default'")
   add('--preset', default='emoji_small', help='tiny, emoji_small, emoji or paper')
   add(
     '--set',
@@ -160,6 +164,7 @@ def parse_options(
   except UnclipError as error:
     raise UnclipError(f'{error} (--set optimizer.FIELD=VALUE, or --steps)') from error
   return TrainConfig(
+    init=args.init,
     run=args.run,
     config=config,
     optimizer=optimizer,
@@ -208,6 +213,32 @@ def save_options(train: TrainConfig, folder: Path) -> None:
   options |= {'config': configs.to_json(train.config), 'optimizer': vars(train.optimizer)}
   folder.mkdir(parents=True, exist_ok=True)
   (folder / 'options.json').write_text(json.dumps(options, indent=2) + '\n')
+
+
+def start_from(train: TrainConfig, params: Params, *path: str) -> Params:
+  """Fresh parameters, or those of `--init` where that model has them.
+
+  Args:
+    train: the options.
+    params: fresh ones of a stage.
+    path: where they lie in a model, such as 'prior', 'network'.
+
+  Raises:
+    UnclipError: there is no such model, or a weight of it has another shape.
+  """
+  if train.init is None:
+    return params
+  given: Any = unclip_jax.load(train.init).params
+  for name in path:
+    given = given[name]
+  fresh, given = flatten_dict(params, sep='.'), flatten_dict(given, sep='.')
+  for name in fresh.keys() & given.keys():
+    if fresh[name].shape != given[name].shape:
+      raise UnclipError(
+        f'--init {train.init}: {".".join(path)}.{name} is {given[name].shape} there, and '
+        f'{fresh[name].shape} here'
+      )
+  return unflatten_dict(fresh | {k: v for k, v in given.items() if k in fresh}, sep='.')
 
 
 def make_updates(

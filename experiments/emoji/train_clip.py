@@ -75,7 +75,7 @@ def main(
     return ((z_i @ z_t.T).argmax(axis=1) == jnp.arange(len(image))).mean()
 
   key_init, key_run = jax.random.split(jax.random.key(train.seed))
-  state = init_state(clip.init(config, key_init), optimizer)
+  state = init_state(common.start_from(train, clip.init(config, key_init), 'clip'), optimizer)
   state = jax.device_put(state, sharding.replicated(mesh))
   arrays = jax.device_put(arrays, sharding.replicated(mesh))
   tokens = tokenizer.encode(captions)

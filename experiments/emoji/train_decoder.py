@@ -112,8 +112,8 @@ def main(argv: list[str] | None = None) -> None:
   common.save_options(train, folder)
   with Checkpoints(folder / 'checkpoints') as checkpoints:
     is_new = checkpoints.latest_step() is None
-    params = decoder.init(config, key_init)
-    if config.draft_width and is_new:
+    params = common.start_from(train, decoder.init(config, key_init), 'decoder')
+    if config.draft_size and is_new:
       params = learn_draft(params, key_draft)
     state = jax.device_put(init_state(params, optimizer), sharding.replicated(mesh))
     if not is_new:
@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> None:
           pairs = np.stack([held_out['image'], images], axis=1).reshape(-1, *images.shape[1:])
           log.write_image(step, 'real_and_decoded', make_grid(pairs, 16))
       checkpoints.save(step, state)
-      log.write_curves(['loss', 'mse', *(['draft_mse'] if config.draft_width else [])])
+      log.write_curves(['loss', 'mse', *(['draft_mse'] if config.draft_size else [])])
   common.export_stage(train, 'decoder', state.ema_params)
 
 

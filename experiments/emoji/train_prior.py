@@ -70,7 +70,9 @@ def main(argv: list[str] | None = None) -> None:
     return (l2_normalize(z_i) * l2_normalize(rows['z_i'])).sum(axis=-1).mean()
 
   key_init, key_run = jax.random.split(jax.random.key(train.seed))
-  state = init_state(diffusion_prior.init(config, key_init), optimizer)
+  state = init_state(
+    common.start_from(train, diffusion_prior.init(config, key_init), 'prior', 'network'), optimizer
+  )
   state = jax.device_put(state, sharding.replicated(mesh))
   arrays = jax.device_put(arrays, sharding.replicated(mesh))
   folder = train.run / 'prior'

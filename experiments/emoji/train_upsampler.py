@@ -100,7 +100,10 @@ def main(argv: list[str] | None = None) -> None:
     return upsampler.sample(config, params, common.to_float(low), key_b, plan, sampler)[0]
 
   key_init, key_run = jax.random.split(jax.random.key(train.seed))
-  state = init_state(upsampler.init(config, key_init), optimizer)
+  state = init_state(
+    common.start_from(train, upsampler.init(config, key_init), f'upsampler_{train.stage}'),
+    optimizer,
+  )
   state = jax.device_put(state, sharding.replicated(mesh))
   arrays = jax.device_put(arrays, sharding.replicated(mesh))
   name = f'upsampler_{train.stage}'

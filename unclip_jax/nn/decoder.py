@@ -27,7 +27,7 @@ class Conditioning(NamedTuple):
     emb: [b, emb_dim], added to the timestep embedding.
     context: each attention layer's keys and values of z_i's tokens and the caption's.
     context_mask: bool [b, s], or None where every position counts.
-    draft: float32 [b, h, w, 3], or None where the config has no draft.
+    draft: float32 [b, draft_size, draft_size, 3], or None where the config has no draft.
     condition: the draft's share of the first convolution.
   """
 
@@ -110,8 +110,8 @@ class DecoderNetwork(nn.Module):
     else:
       self.text_to_context = dense(context_dim)
       self.context_norm = LayerNorm(dtype=self.dtype)
-    if config.draft_width:
-      shape = (config.image_size, config.image_size, config.unet.in_channels)
+    if config.draft_size:
+      shape = (config.draft_size, config.draft_size, config.unet.in_channels)
       self.draft = Draft(config.draft_width, shape, self.dtype)
     self.unet = UNet(config.unet, self.dtype)
 
@@ -140,10 +140,13 @@ class DecoderNetwork(nn.Module):
     context = jnp.concatenate([tokens, states], axis=1)
     emb = self.text_to_emb(pooled) + self.z_i_to_emb(z_i)
     draft = condition = None
-    if config.draft_width:
-      draft = self.draft(jnp.concatenate([z_i, pooled], axis=-1))
-      # To the U-Net the draft is an image given, as the small one is to an upsampler.
-      condition = self.unet.encode_condition(jax.lax.stop_gradient(draft))
+    if config.draft_size:
+      # No gradient passes between the draft and the rest: to it the caption's features are given,
+      # and to the U-Net it is an image given, as the small one is to an upsampler.
+      draft = self.draft(jax.lax.stop_gradient(jnp.concatenate([z_i, pooled], axis=-1)))
+      scale = config.image_size // config.draft_size
+      enlarged = jax.lax.stop_gradient(draft).repeat(scale, axis=1).repeat(scale, axis=2)
+      condition = self.unet.encode_condition(enlarged)
     return Conditioning(emb, self.unet.encode_context(context), mask, draft, condition)
 
   def encode_time(self, t: Array) -> Array:

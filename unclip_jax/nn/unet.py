@@ -70,7 +70,10 @@ class UNet(nn.Module):
     self.time_mlp = TimestepMLP(config.channels, config.emb_dim, config.emb_dim, self.dtype)
     self.conv_in = nn.Conv(config.channels, (3, 3), dtype=self.dtype)
     if config.condition_channels:
-      self.conv_condition = nn.Conv(config.channels, (3, 3), use_bias=False, dtype=self.dtype)
+      # Zero at first: a U-Net that was trained without a condition may be given one.
+      self.conv_condition = nn.Conv(
+        config.channels, (3, 3), use_bias=False, kernel_init=zeros, dtype=self.dtype
+      )
     widths = [config.channels * m for m in config.multipliers]
 
     def attention(width: int) -> SpatialAttention:

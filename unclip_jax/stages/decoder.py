@@ -85,7 +85,7 @@ def loss(
     noise_power=diffusion.noise_power,
   )
   if draft is not None:
-    metrics['draft_mse'] = ((draft - image_bhwc) ** 2).mean(axis=(1, 2, 3))
+    metrics['draft_mse'] = _draft_error(draft, image_bhwc)
     loss_b = loss_b + metrics['draft_mse']
   return loss_b.mean(), jax.tree.map(jnp.mean, metrics)
 
@@ -105,13 +105,21 @@ def draft_loss(
   Arguments as for `loss`.
 
   Returns:
-    The mean squared error of the draft to the image, and the same as the metric 'draft_mse'.
+    The mean squared error of the draft to the image at its size; the same as 'draft_mse'.
   """
   z_i, has_z_i, text = _corrupt(config, key, z_i, text, null_text)
   network, variables = DecoderNetwork(config, dtype), {'params': params}
   conditioning = network.apply(variables, text, z_i, has_z_i, method='encode_conditioning')
-  error = ((conditioning.draft - image_bhwc) ** 2).mean()
+  error = _draft_error(conditioning.draft, image_bhwc).mean()
   return error, {'draft_mse': error}
+
+
+def _draft_error(draft: Array, image_bhwc: Array) -> Array:
+  """Mean squared error [b] of a draft to the picture at its size."""
+  b, size, _, channels = draft.shape
+  block = image_bhwc.shape[1] // size
+  small = image_bhwc.reshape(b, size, block, size, block, channels).mean(axis=(2, 4))
+  return ((draft - small) ** 2).mean(axis=(1, 2, 3))
 
 
 def _corrupt(

@@ -105,14 +105,19 @@ def check_config(config: UnclipConfig) -> None:
   for name, stage in stages.items():
     _check_diffusion(name, stage.diffusion)
     _check_unet(f'{name}.unet', stage.unet, stage.diffusion.learned_variance)
-  for name in ('z_i_noise', 'draft_width'):
+  for name in ('z_i_noise', 'draft_size'):
     if getattr(decoder, name) < 0:
       raise UnclipError(f'decoder.{name} is {getattr(decoder, name):g}: take 0 or more')
-  wanted = decoder.unet.in_channels if decoder.draft_width else 0
+  draft = decoder.draft_size
+  wanted = decoder.unet.in_channels if draft else 0
   if decoder.unet.condition_channels != wanted:
     raise UnclipError(
       f'decoder.unet.condition_channels is {decoder.unet.condition_channels}: with a '
-      f'decoder.draft_width of {decoder.draft_width} it must be {wanted}'
+      f'decoder.draft_size of {draft} it must be {wanted}'
+    )
+  if draft and decoder.image_size % draft:
+    raise UnclipError(
+      f'decoder.draft_size is {draft}: it must divide decoder.image_size, {decoder.image_size}'
     )
   for name, stage in {'prior': prior, **stages}.items():
     try:
