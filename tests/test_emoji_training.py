@@ -115,6 +115,24 @@ def test_a_stage_keeps_the_config_that_it_was_trained_with(whole, tmp_path):
   assert load(tmp_path).config.decoder.unet.channels == 16
 
 
+def test_a_stage_starts_from_the_weights_that_a_model_has(whole):
+  def start(params, init=whole):
+    arguments = [] if init is None else [f'--init={init}']
+    train = common.parse_options([*arguments, *TINY], '', OptimizerConfig(), 4, 4)
+    return common.start_from(train, params, 'prior', 'network')
+
+  theirs = load(whole).params['prior']['network']
+  fresh = {**jax.tree.map(np.zeros_like, theirs), 'new': {'kernel': np.full(3, 7.0)}}
+  assert start(fresh, init=None) is fresh
+  started = start(fresh)
+  np.testing.assert_array_equal(started.pop('new')['kernel'], 7)
+  jax.tree.map(np.testing.assert_array_equal, started, theirs)
+  with pytest.raises(UnclipError, match=r'prior\.network\.query.* there, and .* here'):
+    start({**fresh, 'query': np.zeros(3)})
+  with pytest.raises(UnclipError, match='nowhere'):
+    start(fresh, init='nowhere')
+
+
 def test_the_second_kind_of_upsampler_learns_from_degraded_pictures(tmp_path):
   arguments = [f'--run={tmp_path}', '--steps=2', *TINY]
   train_upsampler.main([*arguments, '--set=upsamplers.0.degradation=bsr'])
@@ -151,7 +169,9 @@ def test_a_run_is_measured_from_end_to_end(whole, tmp_path, capsys):
   arguments = [f'--run={whole}', f'--judge={whole}', f'--images={tmp_path}', '--captions=30']
   evaluate.main([*arguments, '--samples=2', '--scenes=6', '--no-sweep'])
   shown = capsys.readouterr().out
-  rows = {line.split('|')[1].strip(): line for line in shown.splitlines() if line.startswith('|')}
+  lines = [line for line in shown.splitlines() if line.startswith('|')]
+  # The scenes' table has a second row of real pictures: the first counts.
+  rows = {line.split('|')[1].strip(): line for line in reversed(lines)}
   for row in ('real', 'true z_i', 'prior', 'z_t as z_i', 'caption alone', 'generated'):
     assert row in rows
   real = rows['real'].split('|')[2:]
