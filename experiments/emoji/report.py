@@ -20,7 +20,7 @@ import unclip_jax
 from experiments.emoji import common
 from experiments.emoji.compose import CaptionedEmoji, load_sprites
 
-STAGES = ('clip', 'prior', 'decoder', 'upsampler_0')
+STAGES = ('clip', 'prior', 'draft', 'decoder', 'upsampler_0')  # the draft is part of the decoder
 COLUMNS = 8
 CAPTION_HEIGHT = 34
 
@@ -68,7 +68,7 @@ def training_row(folder: Path) -> str:
   spacing = steps / len(rows) * options['batch_size']
   hours = sum(spacing / float(row['examples_per_s']) for row in rows) / 3600
   tail = rows[-max(1, len(rows) // 20) :]
-  names = [n for n in ('loss', 'mse', 'accuracy', 'cosine') if rows[-1].get(n)]
+  names = [n for n in ('loss', 'mse', 'draft_mse', 'accuracy', 'cosine') if rows[-1].get(n)]
   figures = ', '.join(f'{n} {np.mean([float(r[n]) for r in tail]):.4f}' for n in names)
   examples = steps * options['batch_size']
   return f'| {folder.name} | {steps:,} | {examples:,} | {hours:.2f} | {figures} |'
@@ -107,7 +107,8 @@ def main() -> None:
   print('| stage | updates | examples | hours | mean of the last twentieth of the run |')
   print('|---|---|---|---|---|')
   for stage in STAGES:
-    print(training_row(args.run / stage))
+    if (args.run / stage).exists():
+      print(training_row(args.run / stage))
   print('\n' + '\n'.join(sections), end='')
 
 

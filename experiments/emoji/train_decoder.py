@@ -82,7 +82,9 @@ def main(argv: list[str] | None = None) -> None:
     optimizer = make_optimizer(DRAFT_OPTIMIZER, train.draft_steps)
     updates = common.make_updates(ours, make_train_step(draft_loss_fn, optimizer, 0.0), make_batch)
     state = jax.device_put(init_state(params, optimizer), sharding.replicated(mesh))
-    with RunLog(train.run / 'draft', train.draft_steps) as log:
+    folder = train.run / 'draft'
+    common.save_options(ours, folder)
+    with RunLog(folder, train.draft_steps) as log:
       while (step := int(state.step)) < train.draft_steps:
         state, metrics = updates(state, arrays, key)
         check_finite(metrics, step)
