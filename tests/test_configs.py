@@ -22,6 +22,15 @@ from unclip_jax.types import UnclipError
     (['decoder.unet.out_channels=3'], r'decoder\.unet\.out_channels is 3: .*must be 6'),
     (['upsamplers.0.unet.out_channels=6'], r'upsamplers\.0\.unet\.out_channels is 6: .*must be 3'),
     (['decoder.z_i_noise=-0.5'], r'decoder\.z_i_noise is -0\.5: take 0 or more'),
+    (['decoder.z_i_noise=Infinity'], r'decoder\.z_i_noise is inf'),
+    (
+      ['decoder.draft_size=5', 'decoder.unet.condition_channels=3'],
+      r'decoder\.draft_size is 5: it must divide decoder\.image_size, 16',
+    ),
+    (
+      ['decoder.draft_size=8', 'decoder.unet.condition_channels=3', 'decoder.draft_width=0'],
+      r'decoder\.draft_width is 0: take 1 or more',
+    ),
     (['decoder.draft_size=8'], r'decoder\.unet\.condition_channels is 0: .* 8 it must be 3'),
     (['decoder.unet.condition_channels=3'], r'condition_channels is 3: .* 0 it must be 0'),
     (['decoder.text=null'], r'clip\.text\.width is 24, but decoder\.clip_text_width is None'),

@@ -36,7 +36,7 @@ def test_gallery_asks_for_held_out_pairs_one_a_concept(sprites, gallery):
       assert word in truth.caption
     assert captions.COLOUR_NAMES[truth.background] in truth.caption
   with pytest.raises(UnclipError, match='no pair of val_pairs'):
-    held_out.make_gallery(sprites, ('gradient',), None, ())
+    held_out.make_gallery(sprites, ('twemoji',), ('flags',), ())
 
 
 def test_real_pictures_are_perfect_and_others_are_not(sprites, gallery):

@@ -129,6 +129,9 @@ def test_a_stage_starts_from_the_weights_that_a_model_has(whole):
   jax.tree.map(np.testing.assert_array_equal, started, theirs)
   with pytest.raises(UnclipError, match=r'prior\.network\.query.* there, and .* here'):
     start({**fresh, 'query': np.zeros(3)})
+  with pytest.raises(UnclipError, match='it has no upsampler_1, only'):
+    train = common.parse_options([f'--init={whole}', *TINY], '', OptimizerConfig(), 4, 4)
+    common.start_from(train, fresh, 'upsampler_1')
   with pytest.raises(UnclipError, match='nowhere'):
     start(fresh, init='nowhere')
 

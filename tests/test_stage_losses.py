@@ -104,6 +104,11 @@ def test_a_draft_learns_one_batch_beside_the_unet():
     return loss_fn(params, jax.random.key(1))[1]['draft_mse']
 
   params = fresh(decoder, config)
+  alone = jax.grad(
+    lambda p: decoder.draft_loss(config, p, image, z_i, text, null_text, jax.random.key(1))[0]
+  )(params)
+  moved = {name for name, g in alone.items() if any(np.any(a) for a in jax.tree.leaves(g))}
+  assert moved == {'draft'}
   _, _, trained = overfit(loss_fn, params)
   assert draft_error(trained) < 0.2 * draft_error(params)
 

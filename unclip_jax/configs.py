@@ -113,7 +113,7 @@ class UNetConfig:
   attention_levels: tuple[int, ...] = ()  # 0 is the highest resolution; also in the middle if any
   head_dim: int = 64
   context_dim: int | None = None  # width of the context that attention sees, if it sees one
-  condition_channels: int = 0  # of the image an upsampler is conditioned on
+  condition_channels: int = 0  # of the image that an upsampler or a draft gives
   scale_shift: bool = True  # the timestep scales and shifts; False: it is added
   patch_size: int = 1  # pixels folded into channels at both ends
   dropout: float = 0.0

@@ -21,7 +21,7 @@ from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.nn.clip import TextFeatures
 from unclip_jax.presets import preset
 from unclip_jax.stages import clip
-from unclip_jax.systems.loading import check_config
+from unclip_jax.systems.loading import check_config, find_folder
 from unclip_jax.train.state import (
   Metrics,
   OptimizerConfig,
@@ -35,6 +35,7 @@ from unclip_jax.types import Array, Params, UnclipError
 from unclip_jax.weights.folder import MANIFEST_NAME, read_manifest, read_stage, write_model
 
 TOKENIZER = Path(__file__).parent / 'tokenizer.json'
+DRAFT_STEPS_HELP = "updates of the decoder's draft alone before its own; 0 keeps that of --init"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +122,7 @@ def parse_options(
   add('--ema-decay', type=float, default=ema_decay, help='of the average that is exported')
   add('--chunk', type=int, default=100 if on_accelerator else 20, help='updates between log lines')
   add('--save-every', type=int, default=1000, help='updates between checkpoints')
-  add('--draft-steps', type=int, default=2500, help="of the decoder's draft alone, before all else")
+  add('--draft-steps', type=int, default=2500, help=DRAFT_STEPS_HELP)
   add('--minutes', type=float, default=None, help='stop with a checkpoint after so long')
   add('--pool-size', type=int, default=pool_size, help='composed examples held in memory')
   add('--styles', nargs='+', default=None, help='of flat 3d noto twemoji (all)')
@@ -142,13 +143,17 @@ def parse_options(
       raise UnclipError(f'--{name.replace("_", "-")} {getattr(args, name)}: take 1 or more')
   if args.steps % args.chunk:
     raise UnclipError(f'--steps {args.steps}: take a multiple of --chunk {args.chunk}')
-  if args.draft_steps < 0 or args.draft_steps % args.chunk:
-    raise UnclipError(f'--draft-steps {args.draft_steps}: take a multiple of --chunk {args.chunk}')
+  if args.draft_steps < 0:
+    raise UnclipError(f'--draft-steps {args.draft_steps}: take 0 or more')
   if args.pool_size < args.batch_size:
     raise UnclipError(
       f'--pool-size {args.pool_size}: take at least the {args.batch_size} of --batch-size'
     )
-  for name in ('scene_fraction', 'jitter', 'ema_decay'):
+  if not 0 <= args.jitter <= 0.5:
+    raise UnclipError(f'--jitter {args.jitter:g}: take 0 to 0.5')
+  if args.init is not None:
+    read_manifest(find_folder(args.init))
+  for name in ('scene_fraction', 'ema_decay'):
     if not 0 <= getattr(args, name) <= 1:
       value = getattr(args, name)
       raise UnclipError(f'--{name.replace("_", "-")} {value:g}: take a fraction from 0 to 1')
@@ -216,19 +221,24 @@ def save_options(train: TrainConfig, folder: Path) -> None:
 
 
 def start_from(train: TrainConfig, params: Params, *path: str) -> Params:
-  """Fresh parameters, or those of `--init` where that model has them.
+  """Fresh parameters, or in a new run those of `--init` where that model has them.
+
+  A prior and a decoder only mean something together with the CLIP that they were trained with; a
+  prior's statistics are those of the run's data.
 
   Args:
     train: the options.
     params: fresh ones of a stage.
-    path: where they lie in a model, such as 'prior', 'network'.
+    path: where they lie in a model, such as 'prior', 'network'; first the stage.
 
   Raises:
-    UnclipError: there is no such model, or a weight of it has another shape.
+    UnclipError: there is no such model, it has no such stage, or a weight of it has another shape.
   """
-  if train.init is None:
+  if train.init is None or any((train.run / path[0] / 'checkpoints').glob('[0-9]*')):
     return params
   given: Any = unclip_jax.load(train.init).params
+  if path[0] not in given:
+    raise UnclipError(f'--init {train.init}: it has no {path[0]}, only {", ".join(given)}')
   for name in path:
     given = given[name]
   fresh, given = flatten_dict(params, sep='.'), flatten_dict(given, sep='.')

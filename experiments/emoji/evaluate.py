@@ -205,6 +205,7 @@ def measure_distance(bench: Bench, options: dict, num: int) -> float:
     groups=options['groups'],
     labels=options['labels'],
     scene_fraction=0.0,
+    jitter=options.get('jitter', 0.04),
   )
   examples = [source[i] for i in range(num)]
   drawn = bench.draw([example.caption for example in examples], 1)

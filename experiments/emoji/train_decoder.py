@@ -4,6 +4,7 @@ python -m experiments.emoji.train_decoder --run runs/emoji_small
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -78,7 +79,11 @@ def main(argv: list[str] | None = None) -> None:
 
   def learn_draft(params, key):
     """The parameters after the updates of the draft alone, which cost little without the U-Net."""
-    ours = dataclasses.replace(train, batch_size=DRAFT_BATCH * train.batch_size)
+    ours = dataclasses.replace(
+      train,
+      batch_size=min(DRAFT_BATCH, train.pool_size // train.batch_size) * train.batch_size,
+      chunk=math.gcd(train.chunk, train.draft_steps),
+    )
     optimizer = make_optimizer(DRAFT_OPTIMIZER, train.draft_steps)
     updates = common.make_updates(ours, make_train_step(draft_loss_fn, optimizer, 0.0), make_batch)
     state = jax.device_put(init_state(params, optimizer), sharding.replicated(mesh))
@@ -115,12 +120,15 @@ def main(argv: list[str] | None = None) -> None:
   with Checkpoints(folder / 'checkpoints') as checkpoints:
     is_new = checkpoints.latest_step() is None
     params = common.start_from(train, decoder.init(config, key_init), 'decoder')
-    if config.draft_size and is_new:
+    time_is_up = common.deadline(train.minutes)
+    learns_draft = config.draft_size and train.draft_steps and is_new
+    if learns_draft:
       params = learn_draft(params, key_draft)
     state = jax.device_put(init_state(params, optimizer), sharding.replicated(mesh))
     if not is_new:
       state = checkpoints.restore(state)
-    time_is_up = common.deadline(train.minutes)
+    elif learns_draft:
+      checkpoints.save(0, state)
     with RunLog(folder, train.steps, resume_step=int(state.step)) as log:
       step = int(state.step)
       while step < train.steps and not time_is_up():

@@ -1,8 +1,8 @@
 """The U-Net of ADM (Dhariwal & Nichol 2021), as decoder and as upsampler.
 
 What does not change from one denoising step to the next is encoded apart and passed in: the
-timestep embeddings of a whole plan, each layer's keys and values of the context, and an
-upsampler's share of the first convolution (a convolution of [x_t, low] is one of x_t plus one
+timestep embeddings of a whole plan, each layer's keys and values of the context, and a
+given image's share of the first convolution (a convolution of [x_t, low] is one of x_t plus one
 of low).
 """
 

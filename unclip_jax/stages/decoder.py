@@ -105,7 +105,7 @@ def draft_loss(
   Arguments as for `loss`.
 
   Returns:
-    The mean squared error of the draft to the image at its size; the same as 'draft_mse'.
+    The mean squared error of the draft to the image at its size; the same as a metric.
   """
   z_i, has_z_i, text = _corrupt(config, key, z_i, text, null_text)
   network, variables = DecoderNetwork(config, dtype), {'params': params}

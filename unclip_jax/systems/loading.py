@@ -1,6 +1,7 @@
 """A model folder as configs, parameters and tokenizer, checked against each other."""
 
 import functools
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -106,9 +107,11 @@ def check_config(config: UnclipConfig) -> None:
     _check_diffusion(name, stage.diffusion)
     _check_unet(f'{name}.unet', stage.unet, stage.diffusion.learned_variance)
   for name in ('z_i_noise', 'draft_size'):
-    if getattr(decoder, name) < 0:
+    if not 0 <= getattr(decoder, name) < math.inf:
       raise UnclipError(f'decoder.{name} is {getattr(decoder, name):g}: take 0 or more')
   draft = decoder.draft_size
+  if draft and decoder.draft_width < 1:
+    raise UnclipError(f'decoder.draft_width is {decoder.draft_width}: take 1 or more')
   wanted = decoder.unet.in_channels if draft else 0
   if decoder.unet.condition_channels != wanted:
     raise UnclipError(

@@ -151,6 +151,10 @@ class Unclip:
     settings.check_callable('on_batch', on_batch)
     config, n = self.config, len(captions) * num_images
     num_ups = settings.num_upsamplers(config, size)
+    if not isinstance(upsampler, Sampling):
+      raise UnclipError(f'upsampler: give a Sampling, not {type(upsampler).__name__}')
+    if upsampler.guidance_scale is not None:
+      raise UnclipError('upsampler: it is not guided; give the guidance scale to the decoder')
     if num_candidates is None:
       num_candidates = config.prior.num_candidates
     settings.check_count('the number of candidates', num_candidates)
@@ -166,8 +170,6 @@ class Unclip:
       settings.resolve(f'upsampler {i}', up.diffusion, up.sampling, upsampler)
       for i, up in enumerate(config.upsamplers)
     )
-    if upsampler.guidance_scale is not None:
-      raise UnclipError('upsampler: it is not guided; give the guidance scale to the decoder')
     captions = [caption for caption in captions for _ in range(num_images)]
     request = Request(
       captions=tuple(captions),
