@@ -35,7 +35,6 @@ from unclip_jax.types import Array, Params, UnclipError
 from unclip_jax.weights.folder import MANIFEST_NAME, read_manifest, read_stage, write_model
 
 TOKENIZER = Path(__file__).parent / 'tokenizer.json'
-DRAFT_STEPS_HELP = "updates of the decoder's draft alone before its own; 0 keeps that of --init"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +121,9 @@ def parse_options(
   add('--ema-decay', type=float, default=ema_decay, help='of the average that is exported')
   add('--chunk', type=int, default=100 if on_accelerator else 20, help='updates between log lines')
   add('--save-every', type=int, default=1000, help='updates between checkpoints')
-  add('--draft-steps', type=int, default=2500, help=DRAFT_STEPS_HELP)
+  add(
+    '--draft-steps', type=int, default=2500, help="of the decoder's draft first; 0 keeps --init's"
+  )
   add('--minutes', type=float, default=None, help='stop with a checkpoint after so long')
   add('--pool-size', type=int, default=pool_size, help='composed examples held in memory')
   add('--styles', nargs='+', default=None, help='of flat 3d noto twemoji (all)')

@@ -1,4 +1,4 @@
-"""Trains the decoder on captioned emoji; needs the run's CLIP.
+"""Trains the decoder on captioned emoji, its draft first if it has one; needs the run's CLIP.
 
 python -m experiments.emoji.train_decoder --run runs/emoji_small
 """
