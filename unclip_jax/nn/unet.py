@@ -124,7 +124,7 @@ class UNet(nn.Module):
     return tuple(a.encode_context(context.astype(self.dtype)) for a in self._attention_layers())
 
   def encode_condition(self, image_bhwc: Array) -> Array:
-    """An upsampler's low-resolution image, already at full size -> its share of the first conv."""
+    """An image given at full size, enlarged or a draft -> its share of the first convolution."""
     return self.conv_condition(
       space_to_depth(image_bhwc, self.config.patch_size).astype(self.dtype)
     )
