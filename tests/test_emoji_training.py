@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from safetensors.flax import load_file
 
 from experiments.emoji import (
   common,
@@ -134,6 +135,18 @@ def test_a_stage_starts_from_the_weights_that_a_model_has(whole):
     common.start_from(train, fresh, 'upsampler_1')
   with pytest.raises(UnclipError, match='nowhere'):
     start(fresh, init='nowhere')
+
+
+def test_every_script_starts_from_the_weights_of_init(whole, tmp_path):
+  """At a learning rate of 0 they come out again; fresh ones of another seed would not."""
+  still = ['--set=optimizer.learning_rate=0', '--set=optimizer.warmup_steps=0', '--draft-steps=0']
+  for stage, main in STAGES.items():
+    main([f'--run={tmp_path}', '--steps=1', *TINY, *still, f'--init={whole}', '--seed=1'])
+    ours, theirs = (load_file(run / f'{stage}.safetensors') for run in (tmp_path, whole))
+    assert ours.keys() == theirs.keys()
+    for name, array in theirs.items():
+      if 'statistics' not in name:  # the prior's are of the data, which another seed composes
+        np.testing.assert_array_equal(ours[name], array, err_msg=f'{stage} {name}')
 
 
 def test_the_second_kind_of_upsampler_learns_from_degraded_pictures(tmp_path):
