@@ -225,7 +225,7 @@ def test_a_disk_that_fills_up_leaves_whole_files_and_names_them(capsys, pristine
 
 def test_a_cache_that_cannot_be_made_is_done_without(tmp_path):
   (tmp_path / 'file').write_text('')
-  code = 'from unclip_jax import cli; cli._use_cache(True)'
+  code = 'from unclip_jax import terminal; terminal.use_cache(True)'
   env = os.environ | {'PYTHONPATH': str(ROOT), 'XDG_CACHE_HOME': str(tmp_path / 'file')}
   env.pop('JAX_COMPILATION_CACHE_DIR', None)
   done = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True)

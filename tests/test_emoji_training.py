@@ -116,10 +116,25 @@ def test_a_stage_keeps_the_config_that_it_was_trained_with(whole, tmp_path):
   assert load(tmp_path).config.decoder.unet.channels == 16
 
 
-def test_a_stage_starts_from_the_weights_that_a_model_has(whole):
+def test_a_run_knows_the_words_that_its_last_stage_read(whole, tmp_path):
+  vocabulary = load(whole).vocabulary
+  assert vocabulary.styles == ('flat',)
+  assert 'red apple' in vocabulary.concepts and 'zebra' not in vocabulary.concepts
+  shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+  wider = [f'--run={tmp_path}', *TINY, '--labels', 'zebra']
+  train = common.parse_options(wider, '', OptimizerConfig(), 4, 4)
+  params = load(whole).params
+  common.export_stage(train, 'upsampler_0', params['upsampler_0'])
+  assert load(tmp_path).vocabulary == vocabulary, 'an upsampler reads no captions'
+  common.export_stage(train, 'decoder', params['decoder'])
+  assert set(load(tmp_path).vocabulary.concepts) - set(vocabulary.concepts) == {'zebra'}
+
+
+def test_a_stage_starts_from_the_weights_that_a_model_has(whole, tmp_path):
   def start(params, init=whole):
     arguments = [] if init is None else [f'--init={init}']
-    train = common.parse_options([*arguments, *TINY], '', OptimizerConfig(), 4, 4)
+    options = [f'--run={tmp_path}', *arguments, *TINY]
+    train = common.parse_options(options, '', OptimizerConfig(), 4, 4)
     return common.start_from(train, params, 'prior', 'network')
 
   theirs = load(whole).params['prior']['network']
@@ -131,7 +146,8 @@ def test_a_stage_starts_from_the_weights_that_a_model_has(whole):
   with pytest.raises(UnclipError, match=r'prior\.network\.query.* there, and .* here'):
     start({**fresh, 'query': np.zeros(3)})
   with pytest.raises(UnclipError, match='it has no upsampler_1, only'):
-    train = common.parse_options([f'--init={whole}', *TINY], '', OptimizerConfig(), 4, 4)
+    options = [f'--run={tmp_path}', f'--init={whole}', *TINY]
+    train = common.parse_options(options, '', OptimizerConfig(), 4, 4)
     common.start_from(train, fresh, 'upsampler_1')
   with pytest.raises(UnclipError, match='nowhere'):
     start(fresh, init='nowhere')
@@ -180,6 +196,7 @@ def test_a_run_records_its_options_and_its_samples(whole):
   assert list((whole / 'upsampler_0' / 'samples').glob('bicubic_ours_real_*.png'))
 
 
+@pytest.mark.filterwarnings('ignore:.*the model never saw')  # held-out words are asked for
 def test_a_run_is_measured_from_end_to_end(whole, tmp_path, capsys):
   """By its own CLIP: what a judge is worth is the judge's affair."""
   arguments = [f'--run={whole}', f'--judge={whole}', f'--images={tmp_path}', '--captions=30']

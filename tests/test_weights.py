@@ -282,6 +282,18 @@ def test_folder_is_written_over_itself(model):
   assert read_manifest(folder).tokenizer.read_text() == '{}'
 
 
+def test_a_folder_may_have_a_vocabulary(model):
+  folder, params = model
+  assert read_manifest(folder).vocabulary is None
+  words = {'words': ['crêpe', 'ant']}
+  write_model(folder, {}, params, folder / 'tokenizer.json', vocabulary=words)
+  path = read_manifest(folder).vocabulary
+  assert path == folder / 'vocabulary.json'
+  assert json.loads(path.read_text(encoding='utf-8')) == words
+  write_model(folder, {}, params, folder / 'tokenizer.json')
+  assert read_manifest(folder).vocabulary is None
+
+
 def test_a_stage_joins_those_that_are_there(model):
   folder, params = model
   more = {'w': jnp.ones(3)}
@@ -338,6 +350,7 @@ def test_broken_manifest_is_named(model):
   ({'tokenizer': None}, 'lacks tokenizer'),
   ({'stages': ['prior']}, 'must be JSON objects'),
   ({'stages': {'prior': 'gone.safetensors'}}, r'names gone\.safetensors, which is not there'),
+  ({'vocabulary': 'gone.json'}, r'names gone\.json, which is not there'),
 ])  # fmt: skip
 def test_invalid_manifest_is_named(model, changes, message):
   folder, _ = model
@@ -351,9 +364,11 @@ def test_invalid_manifest_is_named(model, changes, message):
 )
 def test_path_out_of_the_folder_is_refused(model, name):
   folder, _ = model
-  edit(folder, stages={'prior': name})
-  with pytest.raises(UnclipError, match='only files inside of the folder'):
-    read_manifest(folder)
+  for changes in ({'vocabulary': name}, {'stages': {'prior': name}}):
+    edit(folder, **changes)
+    with pytest.raises(UnclipError, match='only files inside of the folder'):
+      read_manifest(folder)
+    edit(folder, vocabulary=None)
 
 
 def test_unknown_stage_is_named(model):

@@ -7,14 +7,11 @@ and slips of the fingers are answered at once.
 import contextlib
 import json
 import math
-import os
 import platform
-import signal
 import sys
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from importlib import metadata
-from pathlib import Path
+from shutil import get_terminal_size
 from typing import Annotated, Any
 
 import typer
@@ -31,7 +28,7 @@ app = typer.Typer(
 
 _OUTPUT, _MACHINE = 'Output', 'Model and machine'
 _PRIOR = "Prior (default: the model's own settings)"
-_DECODER, _UPSAMPLER = 'Decoder', 'Upsamplers'
+_DECODER, _UPSAMPLER, _VOCABULARY = 'Decoder', 'Upsamplers', 'Vocabulary'
 _SAMPLER_HELP = 'ddpm or ddim.'
 _ETA_HELP = 'Noise of ddim, from 0 (none) to 1 (as much as ddpm).'
 
@@ -48,8 +45,8 @@ ModelOption = Annotated[
 ]
 
 
-def _option(panel: str, text: str) -> Any:
-  return typer.Option(help=text, rich_help_panel=panel, show_default=False)
+def _option(panel: str, text: str, metavar: str | None = None) -> Any:
+  return typer.Option(help=text, metavar=metavar, rich_help_panel=panel, show_default=False)
 
 
 def _show_version(wanted: bool) -> None:
@@ -149,13 +146,14 @@ def generate(
   from unclip_jax.images import make_grid, slugs
   from unclip_jax.systems import settings
   from unclip_jax.systems.pipeline import Progress, Samples
+  from unclip_jax.terminal import interrupts, memory_errors, plain_warnings, use_cache
 
   prior = settings.Sampling(prior_steps, prior_sampler, prior_guidance, prior_eta)
   decoder = settings.Sampling(decoder_steps, decoder_sampler, decoder_guidance, decoder_eta)
   upsampler = settings.Sampling(upsampler_steps, upsampler_sampler, eta=upsampler_eta)
-  _use_cache(cache)
+  use_cache(cache)
 
-  with _output_folder(out) as folder, _plain_warnings(), _memory_errors(), _interrupts() as check:
+  with _output_folder(out) as folder, plain_warnings(), memory_errors(), interrupts() as check:
     loaded = unclip_jax.load(model, dtype, devices)
     config = loaded.config
     ups = config.upsamplers[: settings.num_upsamplers(config, size)]
@@ -210,14 +208,39 @@ def generate(
     folder.save('grid.png', grid, {'prompt': '\n'.join(prompts), **text})
 
 
-@app.command()
-def info(model: ModelOption = 'default') -> None:
-  """Describe a model: its stages, parameters and sizes; the devices and versions at work."""
+@app.command(
+  epilog='Example: unclip-jax info --vocabulary --matching fish --pictures fish.png',
+)
+def info(
+  model: ModelOption = 'default',
+  vocabulary: Annotated[
+    bool,
+    typer.Option(
+      '--vocabulary',
+      help='List the styles, colours and concepts that the model knows.',
+      rich_help_panel=_VOCABULARY,
+    ),
+  ] = False,
+  matching: Annotated[
+    str | None, _option(_VOCABULARY, 'Only concepts that contain this, such as fish.', 'TEXT')
+  ] = None,
+  pictures: Annotated[
+    str | None,
+    _option(_VOCABULARY, 'Draw the concepts listed, once in each style, into a PNG.', 'FILE'),
+  ] = None,
+) -> None:
+  """Describe a model: its stages, sizes and vocabulary; the devices and versions at work."""
+  if vocabulary:
+    _show_vocabulary(model, matching, pictures)
+    return
+  if matching is not None or pictures is not None:
+    raise typer.BadParameter('--matching and --pictures go with --vocabulary')
   import jax
   from rich.console import Console
   from rich.table import Table
 
   from unclip_jax.systems import loading, settings
+  from unclip_jax.terminal import cache_folder
 
   loaded = unclip_jax.load(model)
   folder = loading.find_folder(model)
@@ -254,7 +277,7 @@ def info(model: ModelOption = 'default') -> None:
   console.print(table)
   sizes = ', '.join(map(str, settings.sizes(config)))
   text = config.clip.text
-  cache = jax.config.jax_compilation_cache_dir or _cache_folder()
+  cache = jax.config.jax_compilation_cache_dir or cache_folder()
   print(
     f'\nsizes     {sizes} px\n'
     f'captions  up to {text.context_length} tokens of {loaded.tokenizer.vocab_size:,}\n'
@@ -285,6 +308,62 @@ def main(args: list[str] | None = None) -> None:
   sys.exit(status or 0)
 
 
+def _show_vocabulary(model: str, matching: str | None, pictures: str | None) -> None:
+  """Prints what a model knows; draws it where `pictures` names a file."""
+  from unclip_jax.display import format_lists
+  from unclip_jax.systems import loading
+  from unclip_jax.types import UnclipError
+
+  if pictures is not None and not pictures.lower().endswith('.png'):
+    raise UnclipError(f'--pictures {pictures!r}: give the name of a file that ends in .png')
+  vocabulary = loading.read_vocabulary(loading.find_folder(model))
+  if vocabulary is None:
+    raise UnclipError(
+      f'the model {model} has no vocabulary: export one of its stages again, or take another model'
+    )
+  lists, concepts = dict(vocabulary.lists), vocabulary.concepts
+  if matching is not None:
+    concepts = [concept for concept in concepts if matching.lower() in concept.lower()]
+    lists[f'concepts with {matching!r}'] = concepts
+    del lists['concepts']
+  if not concepts:
+    raise UnclipError(f'no concept contains {matching!r}: leave out --matching to see them all')
+  print(format_lists(lists, get_terminal_size().columns))
+  if pictures is not None:
+    _draw_vocabulary(model, concepts, pictures)
+
+
+def _draw_vocabulary(model: str, concepts: Sequence[str], pictures: str) -> None:
+  """Draws concepts once in each style, at the decoder's own size, as one labelled sheet."""
+  from etils import epath
+  from rich.console import Console
+
+  from unclip_jax.display import StageDisplay
+  from unclip_jax.images import make_sheet
+  from unclip_jax.systems.pipeline import Progress
+  from unclip_jax.terminal import interrupts, memory_errors, plain_warnings, use_cache
+
+  use_cache(True)
+  path = epath.Path(pictures)
+  console = Console(stderr=True, highlight=False)
+  parent = str(path.parent)
+  with _output_folder(parent) as folder, plain_warnings(), memory_errors(), interrupts() as check:
+    loaded = unclip_jax.load(model)
+    known = loaded.vocabulary
+    prompts = [known.ask(concept, style) for concept in concepts for style in known.styles]
+    console.print(f'drawing {len(prompts):,} pictures')
+
+    def report(event: Progress) -> None:
+      check()
+      display(event)
+
+    with StageDisplay(console, ['clip', 'prior', 'decoder']) as display:
+      samples = loaded.sample(prompts, size=loaded.config.decoder.image_size, progress=report)
+    rows = samples.images.reshape(len(concepts), len(known.styles), *samples.images.shape[1:])
+    title = 'from left to right: ' + ', '.join(known.styles)
+    folder.save(path.name, make_sheet(rows, concepts, title), {'prompt': '\n'.join(prompts)})
+
+
 @contextlib.contextmanager
 def _output_folder(out: str) -> Iterator[Any]:
   """An `OutputFolder` whose files are named in the end, also where the rest went wrong."""
@@ -296,98 +375,6 @@ def _output_folder(out: str) -> Iterator[Any]:
     finally:
       for path in folder.paths:
         print(path)
-
-
-@contextlib.contextmanager
-def _plain_warnings() -> Iterator[None]:
-  """Shows the package's warnings to people: a line each, without a place in the code."""
-
-  def show(message: Warning | str, *_: object) -> None:
-    print(f'unclip-jax: warning: {message}', file=sys.stderr)
-
-  with warnings.catch_warnings():
-    warnings.simplefilter('always', UserWarning)
-    warnings.showwarning = show
-    yield
-
-
-@contextlib.contextmanager
-def _interrupts() -> Iterator[Callable[[], None]]:
-  """Lets Ctrl-C end the drawing also where it comes while JAX collects garbage, which swallows it.
-
-  Yields a function that raises KeyboardInterrupt if the key was pressed before.
-  """
-  pressed = []
-
-  def interrupt(*_: object) -> None:
-    pressed.append(True)
-    raise KeyboardInterrupt
-
-  def check() -> None:
-    if pressed:
-      raise KeyboardInterrupt
-
-  try:
-    before = signal.signal(signal.SIGINT, interrupt)
-  except ValueError:  # only the main thread may
-    yield check
-    return
-  try:
-    yield check
-  finally:
-    signal.signal(signal.SIGINT, before)
-
-
-@contextlib.contextmanager
-def _memory_errors() -> Iterator[None]:
-  import jax
-
-  from unclip_jax.types import UnclipError
-
-  try:
-    yield
-  except jax.errors.JaxRuntimeError as error:
-    if 'RESOURCE_EXHAUSTED' not in str(error):
-      raise
-    raise UnclipError(
-      'the memory of the device does not suffice: take a smaller --batch-size, --size or a shorter '
-      '--dtype'
-    ) from error
-
-
-def _use_cache(wanted: bool) -> None:
-  """Lets JAX keep compiled programs, where JAX_COMPILATION_CACHE_DIR says if it says so."""
-  import jax
-
-  if not wanted:
-    jax.config.update('jax_enable_compilation_cache', False)
-    return
-  if jax.config.jax_compilation_cache_dir is None:
-    folder = _cache_folder()
-    try:
-      folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-      print(
-        f'unclip-jax: warning: no compiled programs are kept, as {folder} cannot be made '
-        f'({error.strerror})',
-        file=sys.stderr,
-      )
-      return
-    jax.config.update('jax_compilation_cache_dir', str(folder))
-  # Small programs add up: without these only what took a second to compile would be kept.
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
-  jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
-
-
-def _cache_folder() -> Path:
-  if root := os.environ.get('XDG_CACHE_HOME'):
-    return Path(root) / 'unclip_jax'
-  match sys.platform:
-    case 'darwin':
-      return Path.home() / 'Library' / 'Caches' / 'unclip_jax'
-    case 'win32':
-      return Path(os.environ.get('LOCALAPPDATA', Path.home())) / 'unclip_jax' / 'Cache'
-  return Path.home() / '.cache' / 'unclip_jax'
 
 
 def _devices(devices: list[Any]) -> str:

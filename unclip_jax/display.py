@@ -1,9 +1,13 @@
-"""The progress of a call on a terminal: a line for each stage, or plain lines where there is none.
+"""What a terminal shows: lists of words, and the progress of a call, a line for each stage.
+
+Where there is no terminal the progress is plain lines.
 
 Stages are handed to the device one after the other while the first ones run, so that the program of
 one is compiled while another samples: several lines move at a time.
 """
 
+import textwrap
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -81,3 +85,23 @@ class StageDisplay:
       )
     else:
       self._progress.update(task, status=f'sampling{where}')
+
+
+def format_lists(lists: Mapping[str, Sequence[str]], width: int) -> str:
+  """Lists under their names and lengths, wrapped between items where they can be.
+
+  Args:
+    lists: name -> what is in it; an empty one is left out.
+    width: columns of the terminal.
+  """
+
+  def wrap(items: Sequence[str]) -> str:
+    # White space within an item is no place to wrap at.
+    line = ', '.join(item.replace(' ', '\N{NO-BREAK SPACE}') for item in items)
+    return textwrap.fill(
+      line, width, initial_indent='  ', subsequent_indent='  ', break_on_hyphens=False
+    ).replace('\N{NO-BREAK SPACE}', ' ')
+
+  return '\n\n'.join(
+    f'{name} ({len(items):,})\n{wrap(items)}' for name, items in lists.items() if items
+  )

@@ -1,5 +1,6 @@
-"""Pictures in files: PNGs that carry their own description, grids, names made of prompts."""
+"""Pictures in files: PNGs that carry their own description, grids, sheets, names of prompts."""
 
+import math
 import os
 import re
 import tempfile
@@ -11,13 +12,16 @@ from typing import Self
 
 import numpy as np
 from etils import epath
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from unclip_jax.types import UnclipError
 from unclip_jax.weights.safetensors import reach, write_atomically
 
 GRID_GAP = 4  # pixels
 _MAX_SLUG_BYTES = 80
+_LEAST_ON_SHEET = 64  # pixels; smaller pictures are enlarged
+_FONT_SIZE = 12
+_LINE = 16  # pixels
 
 
 def save_png(
@@ -73,6 +77,42 @@ def make_grid(images: np.ndarray, num_columns: int) -> np.ndarray:
     y, x = GRID_GAP + i // num_columns * step_y, GRID_GAP + i % num_columns * step_x
     grid[y : y + h, x : x + w] = image
   return grid
+
+
+def make_sheet(images: np.ndarray, labels: Sequence[str], title: str) -> np.ndarray:
+  """Groups of pictures with a label under each, on white, about as wide as high.
+
+  Args:
+    images: uint8 [n, k, h, w, 3], n groups of k pictures that stand side by side. Small ones are
+      enlarged, each pixel to a square.
+    labels: n texts.
+    title: the first line.
+
+  Returns:
+    uint8 [height, width, 3].
+  """
+  n, k, h, w, c = images.shape
+  scale = -(-_LEAST_ON_SHEET // h)
+  h, w = h * scale, w * scale
+  images = images.repeat(scale, axis=2).repeat(scale, axis=3)
+  # Pictures of a group as one.
+  groups = images.transpose(0, 2, 1, 3, 4).reshape(n, h, k * w, c)
+  font = ImageFont.load_default(_FONT_SIZE)
+  widest = max(math.ceil(font.getlength(label)) for label in labels)
+  step_x = max(k * w, widest) + 3 * GRID_GAP
+  step_y = h + _LINE + 2 * GRID_GAP
+  num_columns = min(n, math.ceil(math.sqrt(n * step_y / step_x)))
+  width = max(num_columns * step_x, math.ceil(font.getlength(title))) + 2 * GRID_GAP
+  height = -(-n // num_columns) * step_y + _LINE + 2 * GRID_GAP
+  sheet = Image.new('RGB', (width, height), 'white')
+  draw = ImageDraw.Draw(sheet)
+  draw.text((GRID_GAP, GRID_GAP), title, 'black', font)
+  for i, (group, label) in enumerate(zip(groups, labels, strict=True)):
+    x = GRID_GAP + i % num_columns * step_x
+    y = GRID_GAP + _LINE + GRID_GAP + i // num_columns * step_y
+    sheet.paste(Image.fromarray(group), (x, y))
+    draw.text((x, y + h), label, 'black', font)
+  return np.asarray(sheet)
 
 
 def slugs(prompts: Sequence[str]) -> list[str]:

@@ -5,6 +5,7 @@ that every prompt of these forms has one meaning. All captions are lower case.
 """
 
 import re
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -165,11 +166,11 @@ def draw_colour(rng: np.random.Generator) -> int:
   return int(rng.integers(len(COLOURS))) if rng.random() < COLOUR_NAMED else WHITE
 
 
-def all_wordings() -> list[str]:
-  """Returns the words of every template, for training a tokenizer."""
+def all_wordings(styles: Sequence[str] = STYLES) -> list[str]:
+  """Returns the words of every template, and the names of colours and of these styles."""
   templates = (*_STYLED, *_PLAIN, *_BACKGROUNDS, *_STYLED_SCENES)
   words = [re.sub(r'{.*?}', '', template) for template in templates]
-  return [*words, *COLOUR_NAMES, 'gray', *STYLES, *sum(_RELATION_WORDS.values(), ())]
+  return [*words, *COLOUR_NAMES, 'gray', *styles, *sum(_RELATION_WORDS.values(), ())]
 
 
 def _fill(template: str, thing: str, style: str) -> str:

@@ -15,13 +15,16 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import unclip_jax
+from experiments.emoji.compose import load_sprites
+from experiments.emoji.domain import make_vocabulary
 from experiments.emoji.pool import Pool, make_pool
+from experiments.emoji.vocabulary import fit_to_tokenizer
 from unclip_jax import configs
 from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.nn.clip import TextFeatures
 from unclip_jax.presets import preset
 from unclip_jax.stages import clip
-from unclip_jax.systems.loading import check_config, find_folder
+from unclip_jax.systems.loading import check_config, find_folder, read_vocabulary
 from unclip_jax.train.state import (
   Metrics,
   OptimizerConfig,
@@ -150,17 +153,15 @@ def parse_options(
     raise UnclipError(
       f'--pool-size {args.pool_size}: take at least the {args.batch_size} of --batch-size'
     )
-  if not 0 <= args.jitter <= 0.5:
-    raise UnclipError(f'--jitter {args.jitter:g}: take 0 to 0.5')
   if args.init is not None:
     read_manifest(find_folder(args.init))
-  for name in ('scene_fraction', 'ema_decay'):
-    if not 0 <= getattr(args, name) <= 1:
-      value = getattr(args, name)
-      raise UnclipError(f'--{name.replace("_", "-")} {value:g}: take a fraction from 0 to 1')
+  for name, most in (('scene_fraction', 1), ('ema_decay', 1), ('jitter', 0.5)):
+    value = getattr(args, name)
+    if not 0 <= value <= most:
+      raise UnclipError(f'--{name.replace("_", "-")} {value:g}: take a fraction from 0 to {most:g}')
   if args.dtype not in ('float32', 'bfloat16'):
     raise UnclipError(f'--dtype {args.dtype}: take float32 or bfloat16')
-  config = configs.override(fit_to_tokenizer(chosen), theirs)
+  config = configs.override(fit_to_tokenizer(chosen, Tokenizer.load(TOKENIZER)), theirs)
   if args.stage not in range(len(config.upsamplers)):
     raise UnclipError(f'--stage {args.stage}: the preset has {len(config.upsamplers)} upsamplers')
   check_config(config)
@@ -191,20 +192,6 @@ def parse_options(
     data=args.data,
     seed=args.seed,
     dtype=jnp.dtype(args.dtype),
-  )
-
-
-def fit_to_tokenizer(config: configs.UnclipConfig) -> configs.UnclipConfig:
-  """A preset with the vocabulary and the context length of the tokenizer of these captions."""
-  tokenizer = Tokenizer.load(TOKENIZER)
-  sizes = {'vocab_size': tokenizer.vocab_size, 'context_length': tokenizer.context_length}
-  text = dataclasses.replace(config.clip.text, **sizes)
-  own_text = config.decoder.text and dataclasses.replace(config.decoder.text, **sizes)
-  return dataclasses.replace(
-    config,
-    clip=dataclasses.replace(config.clip, text=text),
-    prior=dataclasses.replace(config.prior, context_length=tokenizer.context_length),
-    decoder=dataclasses.replace(config.decoder, text=own_text),
   )
 
 
@@ -366,14 +353,17 @@ def load_clip(train: TrainConfig) -> Params:
   return jax.tree.map(jnp.asarray, read_stage(train.run, 'clip', expected, jnp.float32))
 
 
-def export_stage(train: TrainConfig, name: str, params: Params) -> None:
+def export_stage(
+  train: TrainConfig, name: str, params: Params, splits: tuple[str, ...] = ('train',)
+) -> None:
   """Writes a stage's parameters into the run's folder, which is a model folder, in bfloat16.
 
-  The stages that are there already keep the configs that they were trained with.
+  The stages that are there already keep the configs that they were trained with. The vocabulary is
+  that of the last stage that read captions.
   """
-  config, stages = configs.to_json(train.config), ()
+  config, stages, vocabulary = configs.to_json(train.config), (), None
   if (train.run / MANIFEST_NAME).exists():
-    there = read_manifest(train.run)
+    there, vocabulary = read_manifest(train.run), read_vocabulary(train.run)
     stages = tuple(there.stages)
     for other in set(stages) - {name}:
       field, _, index = other.partition('_')
@@ -381,8 +371,12 @@ def export_stage(train: TrainConfig, name: str, params: Params) -> None:
         config['upsamplers'][int(index)] = there.config['upsamplers'][int(index)]
       else:
         config[field] = there.config[field]
+  if not name.startswith('upsampler'):
+    domain = (train.styles, train.groups, train.labels, splits)
+    vocabulary = make_vocabulary(load_sprites(train.data), *domain)
   written_by = f'unclip_jax {unclip_jax.__version__}'
-  write_model(train.run, config, {name: params}, TOKENIZER, jnp.bfloat16, written_by, keep=stages)
+  words = vocabulary and vocabulary.to_json()
+  write_model(train.run, config, {name: params}, TOKENIZER, jnp.bfloat16, written_by, stages, words)
 
 
 def run(main: Callable[[], None]) -> None:

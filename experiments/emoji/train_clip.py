@@ -101,7 +101,7 @@ def main(
       r_at_1 = retrieval(state.ema_params, held_out_images, tokens.ids, tokens.mask)
       log.message(f'step {step}: held-out R@1 among {len(captions)} is {float(r_at_1):.3f}')
       log.write_curves(['loss'])
-  common.export_stage(train, 'clip', state.ema_params)
+  common.export_stage(train, 'clip', state.ema_params, splits)
 
 
 if __name__ == '__main__':

@@ -1,6 +1,7 @@
 """Learns the captions' tokenizer: `python -m experiments.emoji.vocabulary --out FILE`."""
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 from experiments.emoji import captions
 from experiments.emoji.compose import CaptionedEmoji, Sprites, load_sprites
 from experiments.emoji.concepts import SPLITS
+from unclip_jax.configs import UnclipConfig
 from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.types import UnclipError
 
@@ -23,6 +25,19 @@ def corpus(sprites: Sprites, num_captions: int = NUM_CAPTIONS) -> list[str]:
   words = {word for keywords in sprites.keywords for word in keywords}
   sampled = [source.truth(index).caption for index in range(num_captions)]
   return [*sampled, *np.unique(sprites.label).tolist(), *sorted(words), *captions.all_wordings()]
+
+
+def fit_to_tokenizer(config: UnclipConfig, tokenizer: Tokenizer) -> UnclipConfig:
+  """A preset with the vocabulary and the context length of a tokenizer."""
+  sizes = {'vocab_size': tokenizer.vocab_size, 'context_length': tokenizer.context_length}
+  text = dataclasses.replace(config.clip.text, **sizes)
+  own_text = config.decoder.text and dataclasses.replace(config.decoder.text, **sizes)
+  return dataclasses.replace(
+    config,
+    clip=dataclasses.replace(config.clip, text=text),
+    prior=dataclasses.replace(config.prior, context_length=tokenizer.context_length),
+    decoder=dataclasses.replace(config.decoder, text=own_text),
+  )
 
 
 def main(argv: list[str] | None = None) -> int:

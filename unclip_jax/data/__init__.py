@@ -1,4 +1,4 @@
-"""What enters training: captions as tokens, stored data sets, degraded conditions.
+"""What enters training: captions as tokens, words, stored data sets, degraded conditions.
 
 Modules are imported when they are first used: what reads data sets takes seconds.
 """
@@ -6,7 +6,7 @@ Modules are imported when they are first used: what reads data sets takes second
 import importlib
 from types import ModuleType
 
-__all__ = ['degradations', 'sources', 'tokenizer']
+__all__ = ['degradations', 'sources', 'tokenizer', 'vocabulary']
 
 
 def __getattr__(name: str) -> ModuleType:

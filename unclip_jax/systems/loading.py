@@ -1,4 +1,4 @@
-"""A model folder as configs, parameters and tokenizer, checked against each other."""
+"""A model folder as configs, parameters, tokenizer and vocabulary, checked against each other."""
 
 import functools
 import math
@@ -22,6 +22,7 @@ from unclip_jax.configs import (
   from_json,
 )
 from unclip_jax.data.tokenizer import Tokenizer
+from unclip_jax.data.vocabulary import Vocabulary
 from unclip_jax.sharding import Mesh, make_mesh, replicated
 from unclip_jax.stages import clip, common, decoder, diffusion_prior, upsampler
 from unclip_jax.types import Array, Params, UnclipError
@@ -240,14 +241,25 @@ def read_config(folder: epath.Path) -> UnclipConfig:
   return config
 
 
+def read_vocabulary(folder: epath.Path) -> Vocabulary | None:
+  """The words that a model folder says it was trained on, None where it says nothing of them.
+
+  Raises:
+    UnclipError: the folder is no model, or its vocabulary is not valid.
+  """
+  path = read_manifest(folder).vocabulary
+  return None if path is None else Vocabulary.load(path)
+
+
 def load_parts(
   model: str | os.PathLike[str], dtype: np.dtype, num_devices: int
-) -> tuple[UnclipConfig, dict[str, Params], Tokenizer, Mesh | None]:
-  """Config, parameters, tokenizer and devices of a model; `unclip.load` says what is raised."""
+) -> tuple[UnclipConfig, dict[str, Params], Tokenizer, Mesh | None, Vocabulary | None]:
+  """Config, parameters, tokenizer, devices, vocabulary; `unclip.load` says what is raised."""
   folder = find_folder(model)
   config = read_config(folder)
   manifest = read_manifest(folder)
   tokenizer = Tokenizer.load(manifest.tokenizer)
+  vocabulary = read_vocabulary(folder)
   text = config.clip.text
   if tokenizer.vocab_size > text.vocab_size or tokenizer.context_length != text.context_length:
     raise UnclipError(
@@ -278,4 +290,4 @@ def load_parts(
     for name in expected
     if name in manifest.stages
   }
-  return config, params, tokenizer, mesh
+  return config, params, tokenizer, mesh, vocabulary

@@ -21,8 +21,9 @@ import numpy as np
 
 from unclip_jax.configs import UnclipConfig
 from unclip_jax.data.tokenizer import Tokenizer
+from unclip_jax.data.vocabulary import Vocabulary
 from unclip_jax.sharding import DATA_AXIS, Mesh
-from unclip_jax.systems import pipeline, programs, settings
+from unclip_jax.systems import notices, pipeline, programs, settings
 from unclip_jax.systems.loading import load_parts
 from unclip_jax.systems.pipeline import Progress, Request, Samples, StartNoise
 from unclip_jax.systems.settings import Sampling
@@ -30,7 +31,6 @@ from unclip_jax.types import Array, Params, UnclipError
 
 _AS_THE_MODEL = Sampling()
 _PACKAGE = __name__.partition('.')[0]
-_SHOWN = 60
 _MOST_OF_A_FLOAT = 1.5  # samples overshoot [-1, 1] a little
 
 
@@ -45,6 +45,7 @@ class Unclip:
     tokenizer: of its captions.
     dtype: what the networks compute in.
     mesh: the devices that a batch is spread over, None for the default one.
+    vocabulary: the words that it was trained on, None where the model does not say.
   """
 
   config: UnclipConfig
@@ -52,6 +53,7 @@ class Unclip:
   tokenizer: Tokenizer
   dtype: Any = jnp.float32
   mesh: Mesh | None = None
+  vocabulary: Vocabulary | None = None
 
   def __repr__(self) -> str:
     made = ' or '.join(map(str, settings.sizes(self.config)))
@@ -118,7 +120,8 @@ class Unclip:
 
     Args:
       prompts: one or several captions. What one has beyond the model's context length is cut, with
-        a UserWarning that shows it. Empty ones are for z_i that are given.
+        a UserWarning that shows it; another one names words that the model never saw, and the
+        nearest that it knows. Empty prompts are for z_i that are given.
       seed: 0 to 2^32 - 1.
       num_images: for each prompt; at most 10,000 pictures a call, which holds them all.
       first_image: the index of each prompt's first image: images 4 and 5 of a seed are
@@ -189,7 +192,9 @@ class Unclip:
     for stage in ('clip', 'prior', 'decoder', *(f'upsampler_{i}' for i in range(num_ups))):
       if stage != 'prior' or z_i is None:
         self._params_of(stage)
-    self._warn_of_cuts(dict.fromkeys([*captions, *([negative_prompt] if negative_prompt else [])]))
+    texts = dict.fromkeys([*captions, negative_prompt or ''])
+    self._warn([notices.of_cut(self.tokenizer, text) for text in texts])
+    self._warn([self._notice_of_unseen(text) for text in texts])
     return self._run(request, self._batch_size(n, batch_size), progress, on_batch)
 
   def encode_text(self, texts: str | Sequence[str]) -> Array:
@@ -200,9 +205,8 @@ class Unclip:
     """
     texts = settings.check_prompts(texts, allow_empty=True)
     self._params_of('clip')
-    self._warn_of_cuts(texts)
-    tokens = self.tokenizer.encode(texts)
-    return pipeline.encode_text(self.config, self.params, tokens, self.dtype, self.mesh).z_t
+    self._warn([notices.of_cut(self.tokenizer, text) for text in texts])
+    return self._encode_text(texts)
 
   def encode_image(self, images: Any) -> Array:
     """CLIP's embeddings z_i of images, float32 [n, embed_dim].
@@ -287,15 +291,29 @@ class Unclip:
       ),
     )
 
-  def _warn_of_cuts(self, texts: Sequence[str] | Mapping[str, Any]) -> None:
-    for text in texts:
-      if cut := self.tokenizer.truncated(text):
-        shown = text if len(text) <= _SHOWN else text[: _SHOWN - 1] + '…'
-        warn(
-          f'the prompt {shown!r} is longer than the {self.tokenizer.context_length} tokens that '
-          f'the model reads; this was cut off: {cut!r}',
-          stacklevel=_level_of_the_user(),
-        )
+  def _encode_text(self, texts: Sequence[str]) -> Array:
+    tokens = self.tokenizer.encode(texts)
+    return pipeline.encode_text(self.config, self.params, tokens, self.dtype, self.mesh).z_t
+
+  @functools.cached_property
+  def _concepts_nd(self) -> np.ndarray:
+    """CLIP's embeddings of the concepts that the model knows, of unit norm."""
+    z_t = np.asarray(self._encode_text(self.vocabulary.concepts))
+    return z_t / np.linalg.norm(z_t, axis=1, keepdims=True)
+
+  def _nearest_concept(self, word: str) -> str:
+    """What the model makes of a word that it never saw, as far as CLIP's text goes."""
+    z_t = np.asarray(self._encode_text([word]))[0]
+    return self.vocabulary.concepts[int((self._concepts_nd @ z_t).argmax())]
+
+  def _notice_of_unseen(self, text: str) -> str | None:
+    if self.vocabulary is None:
+      return None
+    return notices.of_unseen(self.vocabulary, text, self._nearest_concept)
+
+  def _warn(self, messages: Sequence[str | None]) -> None:
+    for message in filter(None, messages):
+      warn(message, stacklevel=_level_of_the_user())
 
   def _params_of(self, stage: str) -> Params:
     if stage not in self.params:
@@ -320,8 +338,8 @@ def load(model: str | Any = 'default', dtype: Any = 'float32', num_devices: int 
   """
   dtype = settings.check_dtype(dtype)
   settings.check_count('the number of devices', num_devices)
-  config, params, tokenizer, mesh = load_parts(model, dtype, num_devices)
-  return Unclip(config, params, tokenizer, dtype, mesh)
+  config, params, tokenizer, mesh, vocabulary = load_parts(model, dtype, num_devices)
+  return Unclip(config, params, tokenizer, dtype, mesh, vocabulary)
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""A model as a folder: `unclip.json`, one safetensors file a stage, and the tokenizer.
+"""A model as a folder: `unclip.json`, one safetensors file a stage, the tokenizer.
 
 The folder is the same whether shipped, trained, converted or on a hub. `unclip.json`, version 1:
 
@@ -6,7 +6,8 @@ The folder is the same whether shipped, trained, converted or on a hub. `unclip.
    "written_by": "unclip_jax 0.1.0",             what wrote it, for people
    "config": {...},                              the configs; what is in them is for the caller
    "stages": {"prior": "prior.safetensors"},     file names, relative to the folder
-   "tokenizer": "tokenizer.json"}
+   "tokenizer": "tokenizer.json",
+   "vocabulary": "vocabulary.json"}              may be absent; see `unclip_jax.data.vocabulary`
 """
 
 import json
@@ -24,7 +25,9 @@ from unclip_jax.weights.safetensors import load_params, save_params, write_atomi
 FORMAT_VERSION = 1
 MANIFEST_NAME = 'unclip.json'
 TOKENIZER_NAME = 'tokenizer.json'
+VOCABULARY_NAME = 'vocabulary.json'
 _KEYS = {'format_version', 'written_by', 'config', 'stages', 'tokenizer'}
+_OPTIONAL_KEYS = {'vocabulary'}
 
 
 class Manifest(NamedTuple):
@@ -35,12 +38,14 @@ class Manifest(NamedTuple):
     stages: stage name -> its safetensors file.
     tokenizer: the tokenizer's file.
     written_by: the program that wrote the folder.
+    vocabulary: the file of the words that it was trained on, None where there is none.
   """
 
   config: dict[str, Any]
   stages: dict[str, epath.Path]
   tokenizer: epath.Path
   written_by: str
+  vocabulary: epath.Path | None = None
 
 
 def write_model(
@@ -51,6 +56,7 @@ def write_model(
   dtype: Any = None,
   written_by: str = 'unclip_jax',
   keep: Sequence[str] = (),
+  vocabulary: Mapping[str, Any] | None = None,
 ) -> None:
   """Writes a model folder. Each file appears whole or not at all, `unclip.json` as the last.
 
@@ -62,6 +68,7 @@ def write_model(
     dtype: what floating arrays are cast to, see `save_params`; None keeps theirs.
     written_by: program and version.
     keep: names of stages whose files are there already and stay part of the model.
+    vocabulary: what JSON can hold, the content of vocabulary.json; None is a model without one.
 
   Raises:
     UnclipError: a parameter holds a NaN, or a file cannot be read or written.
@@ -74,7 +81,10 @@ def write_model(
     'stages': {name: f'{name}.safetensors' for name in sorted({*params, *keep})},
     'tokenizer': TOKENIZER_NAME,
   }
+  if vocabulary is not None:
+    manifest['vocabulary'] = VOCABULARY_NAME
   text = json.dumps(manifest, indent=2, allow_nan=False) + '\n'
+  words = json.dumps(vocabulary, indent=1, ensure_ascii=False, allow_nan=False) + '\n'
   for name in manifest['stages'].values():
     _inside(folder, name)
   if not tokenizer_file.exists():
@@ -83,6 +93,8 @@ def write_model(
     save_params(folder / f'{name}.safetensors', stage_params, dtype)
   # Copied aside first, as it may be the very file that is replaced.
   write_atomically(folder / TOKENIZER_NAME, lambda part: _copy(tokenizer_file, part))
+  if vocabulary is not None:
+    write_atomically(folder / VOCABULARY_NAME, lambda part: _write_text(part, words))
   write_atomically(folder / MANIFEST_NAME, lambda part: _write_text(part, text))
 
 
@@ -110,7 +122,8 @@ def read_manifest(folder: os.PathLike[str] | str) -> Manifest:
   if not isinstance(fields, dict):
     raise UnclipError(f'{path} is not a JSON object: download it again')
   _check_version(path, fields.get('format_version'))
-  unknown, missing = sorted(fields.keys() - _KEYS), sorted(_KEYS - fields.keys())
+  unknown = sorted(fields.keys() - _KEYS - _OPTIONAL_KEYS)
+  missing = sorted(_KEYS - fields.keys())
   if unknown or missing:
     what = f'has unknown keys: {", ".join(unknown)}' if unknown else f'lacks {", ".join(missing)}'
     raise UnclipError(f'{path} {what}: correct it or download it again')
@@ -118,10 +131,11 @@ def read_manifest(folder: os.PathLike[str] | str) -> Manifest:
     raise UnclipError(f'{path}: config and stages must be JSON objects: download it again')
   stages = {name: _inside(folder, file) for name, file in fields['stages'].items()}
   tokenizer = _inside(folder, fields['tokenizer'])
-  for file in (*stages.values(), tokenizer):
+  vocabulary = _inside(folder, fields['vocabulary']) if 'vocabulary' in fields else None
+  for file in (*stages.values(), tokenizer, *([vocabulary] if vocabulary else [])):
     if not file.exists():
       raise UnclipError(f'{path} names {file.name}, which is not there: download it again')
-  return Manifest(fields['config'], stages, tokenizer, str(fields['written_by']))
+  return Manifest(fields['config'], stages, tokenizer, str(fields['written_by']), vocabulary)
 
 
 def read_stage(

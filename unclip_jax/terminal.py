@@ -1,0 +1,101 @@
+"""What a command does about warnings, Ctrl-C, a full memory and compiled programs."""
+
+import contextlib
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+
+from unclip_jax.types import UnclipError
+
+
+@contextlib.contextmanager
+def plain_warnings() -> Iterator[None]:
+  """Shows the package's warnings to people: a line each, without a place in the code."""
+
+  def show(message: Warning | str, *_: object) -> None:
+    print(f'unclip-jax: warning: {message}', file=sys.stderr)
+
+  with warnings.catch_warnings():
+    warnings.simplefilter('always', UserWarning)
+    warnings.showwarning = show
+    yield
+
+
+@contextlib.contextmanager
+def interrupts() -> Iterator[Callable[[], None]]:
+  """Lets Ctrl-C end the drawing also where it comes while JAX collects garbage, which swallows it.
+
+  Yields a function that raises KeyboardInterrupt if the key was pressed before.
+  """
+  pressed = []
+
+  def interrupt(*_: object) -> None:
+    pressed.append(True)
+    raise KeyboardInterrupt
+
+  def check() -> None:
+    if pressed:
+      raise KeyboardInterrupt
+
+  try:
+    before = signal.signal(signal.SIGINT, interrupt)
+  except ValueError:  # only the main thread may
+    yield check
+    return
+  try:
+    yield check
+  finally:
+    signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def memory_errors() -> Iterator[None]:
+  """Says of a full memory what can be done."""
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    if 'RESOURCE_EXHAUSTED' not in str(error):
+      raise
+    raise UnclipError(
+      'the memory of the device does not suffice: take a smaller --batch-size, --size or a shorter '
+      '--dtype'
+    ) from error
+
+
+def use_cache(wanted: bool) -> None:
+  """Lets JAX keep compiled programs, where JAX_COMPILATION_CACHE_DIR says if it says so."""
+  if not wanted:
+    jax.config.update('jax_enable_compilation_cache', False)
+    return
+  if jax.config.jax_compilation_cache_dir is None:
+    folder = cache_folder()
+    try:
+      folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+      print(
+        f'unclip-jax: warning: no compiled programs are kept, as {folder} cannot be made '
+        f'({error.strerror})',
+        file=sys.stderr,
+      )
+      return
+    jax.config.update('jax_compilation_cache_dir', str(folder))
+  # Small programs add up: without these only what took a second to compile would be kept.
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
+  jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+
+
+def cache_folder() -> Path:
+  """Where programs are kept if JAX_COMPILATION_CACHE_DIR does not say."""
+  if root := os.environ.get('XDG_CACHE_HOME'):
+    return Path(root) / 'unclip_jax'
+  match sys.platform:
+    case 'darwin':
+      return Path.home() / 'Library' / 'Caches' / 'unclip_jax'
+    case 'win32':
+      return Path(os.environ.get('LOCALAPPDATA', Path.home())) / 'unclip_jax' / 'Cache'
+  return Path.home() / '.cache' / 'unclip_jax'
