@@ -60,6 +60,39 @@ def real_pictures(sprites: Sprites, truths: Sequence[Truth], size: int) -> np.nd
   return np.stack([draw(sprites, truth, size) for truth in truths])
 
 
+def on_one_background(sprites: Sprites, gallery: Gallery, asked: Truth) -> list[str]:
+  """Captions of all objects of a gallery in the style and on the background of one truth.
+
+  Among them only the object tells which is right; in the gallery's own captions the background
+  alone leaves one in a dozen.
+  """
+  style = sprites.style[asked.sprite_index]
+  return [
+    _caption(sprites, truth.sprite_index, style, asked.background) for truth in gallery.truths
+  ]
+
+
+def moved(sprites: Sprites, truths: Sequence[Truth], size: int, jitter: float = 0.04) -> np.ndarray:
+  """The pictures with their objects moved and scaled a little, uint8 [n, size, size, 3]."""
+  rows = enumerate(truths)
+  return np.stack([draw(sprites, t, size, np.random.default_rng(i), jitter) for i, t in rows])
+
+
+def in_another_style(
+  sprites: Sprites, truths: Sequence[Truth], styles: Sequence[str] | None
+) -> tuple[list[Truth], list[int]]:
+  """The truths' objects in another of the styles, and the indices of the truths that have one."""
+  result, indices = [], []
+  fits = in_domain(sprites, styles, None, ())
+  for i, truth in enumerate(truths):
+    same = fits & (sprites.concept == sprites.concept[truth.sprite_index])
+    others = [int(j) for j in np.flatnonzero(same) if j != truth.sprite_index]
+    if others:
+      result.append(truth._replace(sprite_index=others[0], second_index=others[0]))
+      indices.append(i)
+  return result, indices
+
+
 def on_another_background(truth: Truth) -> Truth:
   """The same object before the colour that is half the list away; the caption is left as it is."""
   n = len(captions.COLOUR_NAMES)
@@ -97,9 +130,13 @@ def _scene(sprites: Sprites, first: int, second: int, relation: int, background:
 
 def _truth(sprites: Sprites, index: int) -> Truth:
   background = _hash(f'background {sprites.concept[index]}') % len(captions.COLOUR_NAMES)
-  label = sprites.label[index]
-  caption = captions.in_style(captions.article(label) + label, sprites.style[index], background)
+  caption = _caption(sprites, index, sprites.style[index], background)
   return Truth(caption, index, index, False, 0, background)
+
+
+def _caption(sprites: Sprites, index: int, style: str, background: int) -> str:
+  label = sprites.label[index]
+  return captions.in_style(captions.article(label) + label, style, background)
 
 
 def _one_a_concept(sprites: Sprites, fits: np.ndarray) -> list[int]:

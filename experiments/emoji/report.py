@@ -8,20 +8,26 @@ the runs' metrics.
 """
 
 import csv
+import dataclasses
 import json
 import textwrap
 from pathlib import Path
 
 import jax
+import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image, ImageDraw
 
 import unclip_jax
 from experiments.emoji import common
-from experiments.emoji.compose import CaptionedEmoji, load_sprites
+from experiments.emoji.compose import CaptionedEmoji, Sprites, Truth, load_sprites
+from experiments.emoji.held_out import real_pictures
+from unclip_jax import Unclip
+from unclip_jax.images import make_grid
 
 STAGES = ('clip', 'prior', 'draft', 'decoder', 'upsampler_0')  # the draft is part of the decoder
 COLUMNS = 8
+COMPARED = 16  # real pictures beside the model's
 CAPTION_HEIGHT = 34
 
 
@@ -38,8 +44,8 @@ def labelled_grid(images: np.ndarray, captions: list[str]) -> Image.Image:
   return sheet
 
 
-def captions_of(options: dict, split: str, num: int) -> list[str]:
-  """Captions of `num` different sprites of a split, single objects, in the data set's order."""
+def truths_of(options: dict, split: str, num: int) -> list[Truth]:
+  """Truths of `num` different sprites of a split, single objects, in the data set's order."""
   source = CaptionedEmoji(
     load_sprites(None),
     32,
@@ -51,17 +57,16 @@ def captions_of(options: dict, split: str, num: int) -> list[str]:
     labels=options['labels'],
     scene_fraction=0.0,
   )
-  chosen: dict[int, str] = {}
+  chosen: dict[int, Truth] = {}
   for i in range(len(source)):
     truth = source.truth(i)
-    chosen.setdefault(truth.sprite_index, truth.caption)
+    chosen.setdefault(truth.sprite_index, truth)
   return list(chosen.values())[:num]
 
 
 def training_row(folder: Path) -> str:
   """One line of the table: updates, examples, hours, the last losses."""
-  with (folder / 'metrics.csv').open() as file:
-    rows = list(csv.DictReader(file))
+  rows = read_metrics(folder)
   options = json.loads((folder / 'options.json').read_text())
   rows = [row for row in rows if row.get('loss')]
   steps = int(rows[-1]['step'])
@@ -74,27 +79,69 @@ def training_row(folder: Path) -> str:
   return f'| {folder.name} | {steps:,} | {examples:,} | {hours:.2f} | {figures} |'
 
 
+def compare(model: Unclip, sprites: Sprites, truths: list[Truth]) -> np.ndarray:
+  """Three rows: the real pictures, decoded from their true z_i, and drawn from their captions."""
+  captions = [truth.caption for truth in truths]
+  size = model.config.upsamplers[-1].image_size
+  seen = real_pictures(sprites, truths, model.config.clip.vision.image_size)
+  decoded = model.sample(captions, seed=0, z_i=model.encode_image(seen)).images
+  rows = (real_pictures(sprites, truths, size), decoded, model.sample(captions, seed=0).images)
+  return make_grid(np.concatenate(rows), len(truths))
+
+
+def plot_curves(run: Path, stages: list[str], file: Path) -> None:
+  """The loss of each stage against its updates, the mean of each hundredth of the run."""
+  figure, panels = plt.subplots(
+    1, len(stages), figsize=(3 * len(stages), 2.6), layout='constrained'
+  )
+  for panel, stage in zip(np.atleast_1d(panels), stages, strict=True):
+    rows = [row for row in read_metrics(run / stage) if row.get('loss')]
+    points = np.array([(float(row['step']), float(row['loss'])) for row in rows])
+    points = np.array([part.mean(axis=0) for part in np.array_split(points, min(100, len(points)))])
+    panel.plot(points[:, 0], points[:, 1], linewidth=1)
+    panel.set(title=stage, xlabel='update', ylabel='loss', yscale='log')
+    panel.grid(alpha=0.3)
+  figure.savefig(file, dpi=70)
+  plt.close(figure)
+
+
+def read_metrics(folder: Path) -> list[dict[str, str]]:
+  """The rows of a stage's log."""
+  with (folder / 'metrics.csv').open() as file:
+    return list(csv.DictReader(file))
+
+
 def main() -> None:
   parser = common.Parser(description=__doc__)
   parser.add_argument('--run', type=Path, default=Path('runs/emoji_small'))
   parser.add_argument('--images', type=Path, default=Path('docs/images'))
+  parser.add_argument('--data', type=Path, default=None, help='a build as large as the pictures')
   args = parser.parse_args()
   args.images.mkdir(parents=True, exist_ok=True)
-  model = unclip_jax.load(args.run)
+  # Held-out captions have words that the model never saw: no need to hear of each.
+  model = dataclasses.replace(unclip_jax.load(args.run), vocabulary=None)
   options = json.loads((args.run / 'decoder' / 'options.json').read_text())
-  sections = []
+  sprites, sections = load_sprites(args.data), []
   for split, what in (
     ('val_pairs', 'Held-out pairs: the concept was seen in other styles, in this one never'),
     ('val_concepts', 'Held-out concepts: never seen in any style'),
     ('train', 'Captions of the training set'),
   ):
-    captions = captions_of(options, split, COLUMNS * COLUMNS)
+    truths = truths_of(options, split, COLUMNS * COLUMNS)
+    captions = [truth.caption for truth in truths]
     images = np.concatenate(
       [model.sample(c, seed=0, first_image=i).images for i, c in enumerate(captions)]
     )
     name = f'emoji_{split}.webp'
     labelled_grid(images, captions).save(args.images / name, quality=80)
     sections.append(f'## {what}\n\n![{len(captions)} samples]({args.images.name}/{name})\n')
+    if split == 'val_pairs':
+      grid = compare(model, sprites, truths[:COMPARED])
+      Image.fromarray(grid).save(args.images / 'compared.webp', quality=80)
+      sections.append(
+        'Real pictures, what the decoder makes of their true z_i, and what the model draws from '
+        f'their captions:\n\n![three rows]({args.images.name}/compared.webp)\n'
+      )
   print('# The embedded emoji model\n')
   groups, labels = (', '.join(options[name] or ()) for name in ('groups', 'labels'))
   domain = f'the groups {groups}' + (f', and of: {labels}' if labels else '') if groups else 'all'
@@ -106,10 +153,12 @@ def main() -> None:
   )
   print('| stage | updates | examples | hours | mean of the last twentieth of the run |')
   print('|---|---|---|---|---|')
-  for stage in STAGES:
-    if (args.run / stage).exists():
-      print(training_row(args.run / stage))
-  print('\n' + '\n'.join(sections), end='')
+  there = [stage for stage in STAGES if (args.run / stage).exists()]
+  for stage in there:
+    print(training_row(args.run / stage))
+  plot_curves(args.run, there, args.images / 'curves.png')
+  print(f'\n![Training curves]({args.images.name}/curves.png)\n')
+  print('\n'.join(sections), end='')
 
 
 if __name__ == '__main__':

@@ -28,7 +28,7 @@ from unclip_jax.train.state import (
 from unclip_jax.weights.checkpoint import Checkpoints
 
 NUM_HELD_OUT = 32
-DRAFT_OPTIMIZER = OptimizerConfig(learning_rate=1e-3, decay='cosine')
+DRAFT_OPTIMIZER = OptimizerConfig(learning_rate=3e-3, decay='cosine')
 DRAFT_BATCH = 4  # times the decoder's
 
 

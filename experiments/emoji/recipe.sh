@@ -1,0 +1,70 @@
+#!/usr/bin/env bash
+# Trains a model like the embedded one, from nothing but this repository, on a CPU:
+#
+#   experiments/emoji/recipe.sh RUN [STAGE...]
+#
+# STAGE is one of build clip prior decoder upsampler judge sweep evaluate report; without any, all
+# run in this order. Each is one call that continues where it was stopped. On an accelerator
+# PRESET=emoji trains the larger networks on the whole set, with the scripts' own settings.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+run=${1:?the folder of the run}
+shift
+preset=${PRESET:-emoji_small}
+data=$run/data
+domain=(--preset "$preset")
+if [ "$preset" = emoji_small ]; then
+  size=128
+  domain+=(
+    --styles flat 3d
+    --groups animals-nature food-drink
+    --labels rocket automobile house airplane star sun 'crescent moon' umbrella fire cloud rainbow
+    snowman sailboat bus balloon 'wrapped gift' 'soccer ball' basketball trophy droplet
+    'high voltage' anchor 'alarm clock' bicycle train helicopter mountain volcano castle tent
+    'christmas tree' 'teddy bear' 'heart suit' taxi 'flying saucer' 'ringed planet' snowflake sparkles
+    --scene-fraction 0.1
+  )
+  decay=(--set optimizer.decay=cosine)
+  clip=(--steps 1500 --batch-size 128 --pool-size 24576)
+  prior=(--steps 2300 --batch-size 64 --pool-size 24576 "${decay[@]}" --jitter 0)
+  decoder=(
+    --steps 20000 --batch-size 32 --pool-size 24576 --draft-steps 6000 --ema-decay 0.999
+    --set optimizer.learning_rate=8e-4 --set optimizer.warmup_steps=200 "${decay[@]}" --jitter 0
+  )
+  upsampler=(
+    --steps 2000 --batch-size 32 --pool-size 3072 --ema-decay 0.998
+    --set optimizer.learning_rate=8e-4 "${decay[@]}"
+  )
+  judge=(--steps 1000 --batch-size 128 --pool-size 16384 --save-every 250)
+else
+  size=256
+  clip=()
+  prior=()
+  decoder=()
+  upsampler=()
+  judge=()
+fi
+
+train() { python -m "experiments.emoji.train_$1" "${domain[@]}" "${@:2}"; }
+
+stages=("$@")
+[ $# -gt 0 ] || stages=(build clip prior decoder upsampler judge sweep evaluate report)
+for stage in "${stages[@]}"; do
+  case $stage in
+    build)
+      [ -e "$data/dataset_info.json" ] ||
+        python -m experiments.emoji.build --size $size --out "$data"
+      ;;
+    clip | prior | decoder)
+      declare -n own=$stage
+      train "$stage" --run "$run" "${own[@]}"
+      ;;
+    upsampler) train upsampler --run "$run" --data "$data" "${upsampler[@]}" ;;
+    judge) train judge --run "$run/judge" "${judge[@]}" ;;
+    sweep | evaluate)
+      python -m "experiments.emoji.$stage" --run "$run" --judge "$run/judge" --images "$run/images"
+      ;;
+    report) python -m experiments.emoji.report --run "$run" --images "$run/images" ;;
+    *) echo "recipe.sh: no stage $stage" >&2 && exit 2 ;;
+  esac
+done
