@@ -11,11 +11,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.flax import load_file
 
 from experiments.emoji import (
   common,
   evaluate,
+  report,
+  sweep,
   train_clip,
   train_decoder,
   train_prior,
@@ -218,6 +221,37 @@ def test_a_run_is_measured_from_end_to_end(whole, tmp_path, capsys):
   assert re.search(r'cosine to the true z_i [-\d.]+ \[', shown)
   assert float(re.search(r'160 pictures: ([\d.]+)', shown)[1]) > 0
   assert (tmp_path / 'nearest.webp').exists()
+
+
+def test_settings_are_compared_with_the_rest_of_the_models_own(
+  whole, tmp_path, capsys, monkeypatch
+):
+  monkeypatch.setattr(sweep, 'SETTINGS', {'guidance_scale': (1.0, 3.0), 'num_steps': (2,)})
+  sweep.main(
+    [f'--run={whole}', f'--judge={whole}', f'--images={tmp_path}', '--captions=10', '--samples=2']
+  )
+  shown = capsys.readouterr().out
+  cells = {
+    line.split('|')[1].strip(): line.split('|')[2:]
+    for line in shown.splitlines()
+    if line.startswith('|')
+  }
+  settings = ('guidance_scale 1', 'guidance_scale 3', 'num_steps 2')
+  assert {f'{s}, {sampler}' for s in settings for sampler in ('ddpm', 'ddim')} < set(cells)
+  assert cells['guidance_scale 1, ddim'] != cells['guidance_scale 3, ddim']
+  assert (tmp_path / 'sweep.png').stat().st_size > 5000
+
+
+def test_a_run_is_reported_with_samples_that_nobody_picked(whole, tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(report, 'COLUMNS', 3)
+  monkeypatch.setattr(report, 'COMPARED', 2)
+  report.main([f'--run={whole}', f'--images={tmp_path}'])
+  shown = capsys.readouterr().out
+  for stage in (*STAGES, 'draft'):
+    assert re.search(rf'^\| {stage} \| \d+ \|', shown, re.MULTILINE)
+  names = re.findall(rf'\({tmp_path.name}/(\S+)\)', shown)
+  assert len(names) == 5 and all((tmp_path / name).exists() for name in names)
+  assert Image.open(tmp_path / 'compared.webp').size == (2 * 32, 3 * 32)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ set: nobody chose them. The text printed holds no figure that is not measured he
 the runs' metrics.
 """
 
+import argparse
 import csv
 import dataclasses
 import json
@@ -111,12 +112,12 @@ def read_metrics(folder: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(file))
 
 
-def main() -> None:
-  parser = common.Parser(description=__doc__)
+def main(argv: list[str] | None = None) -> None:
+  parser = common.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--run', type=Path, default=Path('runs/emoji_small'))
   parser.add_argument('--images', type=Path, default=Path('docs/images'))
   parser.add_argument('--data', type=Path, default=None, help='a build as large as the pictures')
-  args = parser.parse_args()
+  args = parser.parse_args(argv)
   args.images.mkdir(parents=True, exist_ok=True)
   # Held-out captions have words that the model never saw: no need to hear of each.
   model = dataclasses.replace(unclip_jax.load(args.run), vocabulary=None)
