@@ -45,7 +45,7 @@ def test_real_pictures_are_perfect_and_others_are_not(sprites, gallery):
   assert measures.has_background(real, truths).all()
   np.testing.assert_array_equal(measures.silhouette_overlap(real, real, truths), 1)
   np.testing.assert_array_equal(measures.colour_distance(real, real, truths), 0)
-  elsewhere = [held_out.on_another_background(truth) for truth in truths]
+  elsewhere = [t._replace(background=held_out.other_background(t.background)) for t in truths]
   moved = held_out.real_pictures(sprites, elsewhere, 64)
   assert not measures.has_background(moved, truths).any()
   assert measures.has_background(moved, elsewhere).all()

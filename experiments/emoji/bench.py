@@ -48,15 +48,20 @@ class Bench:
     self.labels = np.repeat(np.arange(gallery.num_asked), num_samples)
     self.asked = [gallery.truths[i] for i in self.labels]
     self.size = model.config.upsamplers[-1].image_size
+    self._look = [(sprites.style[t.sprite_index], t.background) for t in self.asked]
     self._alike = {
-      (sprites.style[t.sprite_index], t.background): judge.encode_text(
-        held_out.on_one_background(sprites, gallery, t)
-      )
-      for t in self.asked
+      look: np.asarray(judge.encode_text(held_out.on_one_background(sprites, gallery, truth)))
+      for look, truth in dict(zip(self._look, self.asked, strict=True)).items()
     }
-    elsewhere = [held_out.on_another_background(truth) for truth in gallery.truths]
     self._captions = np.asarray(judge.encode_text(gallery.captions))
-    self._elsewhere = self.judge_images(held_out.real_pictures(sprites, elsewhere, self.size))
+    # For each background that is asked for, all objects on another one, the same for all.
+    self._elsewhere = {}
+    for background in {truth.background for truth in self.asked}:
+      other = held_out.other_background(background)
+      pictures = held_out.on_background(gallery.truths, other)
+      self._elsewhere[background] = self.judge_images(
+        held_out.real_pictures(sprites, pictures, self.size)
+      )
     self.real = held_out.real_pictures(sprites, self.asked, self.size)
 
   def num_unseen(self) -> int:
@@ -85,21 +90,24 @@ class Bench:
       real = held_out.real_pictures(self.sprites, truths, to_size)
     values = {
       'R@1 captions': is_first(features, self._captions, groups),
-      'R@1 same ground': self._is_first_of_alike(features),
-      'R@1 real, other ground': is_first(features, self._elsewhere, groups),
+      'R@1 same ground': self._is_first_by(features, self._alike, self._look),
+      'R@1 real, other ground': self._is_first_by(
+        features, self._elsewhere, [truth.background for truth in truths]
+      ),
       'background': measures.has_background(images, truths),
       'silhouette IoU': measures.silhouette_overlap(images, real, truths),
       'colour off by': measures.colour_distance(images, real, truths),
     }
     return {name: bootstrap(value, groups) for name, value in values.items()}
 
-  def _is_first_of_alike(self, features: np.ndarray) -> np.ndarray:
-    """Which pictures find their caption among those of all objects on the same background."""
+  def _is_first_by(
+    self, features: np.ndarray, galleries: dict[Any, np.ndarray], keys: Sequence[Any]
+  ) -> np.ndarray:
+    """Which pictures come first, each in the gallery of its key: bool [n]."""
     result = np.empty(len(features), bool)
-    keys = [(self.sprites.style[t.sprite_index], t.background) for t in self.asked]
-    for key, captions in self._alike.items():
+    for key, gallery in galleries.items():
       rows = [i for i, own in enumerate(keys) if own == key]
-      result[rows] = is_first(features[rows], captions, self.labels[rows])
+      result[rows] = is_first(features[rows], gallery, self.labels[rows])
     return result
 
   def diversity(self, images: np.ndarray) -> float:

@@ -93,10 +93,18 @@ def in_another_style(
   return result, indices
 
 
-def on_another_background(truth: Truth) -> Truth:
-  """The same object before the colour that is half the list away; the caption is left as it is."""
+def on_background(truths: Sequence[Truth], background: int) -> list[Truth]:
+  """The same objects on one background, an index into captions.COLOUR_NAMES.
+
+  The captions are left as they are.
+  """
+  return [truth._replace(background=background) for truth in truths]
+
+
+def other_background(background: int) -> int:
+  """The colour that is half the list away."""
   n = len(captions.COLOUR_NAMES)
-  return truth._replace(background=(truth.background + n // 2) % n)
+  return (background + n // 2) % n
 
 
 def scenes(sprites: Sprites, gallery: Gallery, num: int) -> list[list[Truth]]:
