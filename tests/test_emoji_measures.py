@@ -67,8 +67,8 @@ def test_background_may_be_12_levels_off():
     assert measures.has_background(image, [truth])[0] == fits
 
 
-def test_scenes_have_four_places_and_their_own_pictures(sprites, gallery):
-  scenes = held_out.scenes(sprites, gallery, 30)
+def test_scenes_have_four_places_and_their_own_pictures(sprites):
+  scenes = held_out.scenes(sprites, *DOMAIN, 30)
   asked = [four[0] for four in scenes]
   assert len({t.relation for t in asked}) == 4
   for four in scenes:
@@ -81,6 +81,40 @@ def test_scenes_have_four_places_and_their_own_pictures(sprites, gallery):
   exchanged = [t._replace(relation=t.relation ^ 1) for t in asked]
   bound, distinct = measures.is_bound(held_out.real_pictures(sprites, exchanged, 64), real, asked)
   assert bound[distinct].mean() < 0.1
+  for shown in ('sprite_index', 'second_index'):  # one object twice is not the two asked for
+    twice = [t._replace(sprite_index=getattr(t, shown)) for t in asked]
+    twice = [t._replace(second_index=t.sprite_index) for t in twice]
+    bound, _ = measures.is_bound(held_out.real_pictures(sprites, twice, 64), real, asked)
+    assert bound[distinct].mean() < 0.1
+  gone = real.copy()
+  for image, truth in zip(gone, asked, strict=True):
+    image[:, :] = captions.COLOURS[captions.COLOUR_NAMES[truth.background]]
+  assert not measures.is_bound(gone, real, asked)[0].any()
+  with pytest.raises(UnclipError, match='one object of style'):
+    held_out.scenes(sprites, ('flat',), (), ('rocket',), 2)
+
+
+def test_galleries_differ_in_the_object_alone(sprites, gallery):
+  truth = gallery.truths[0]
+  words = (sprites.style[truth.sprite_index], captions.COLOUR_NAMES[truth.background])
+  alike = held_out.on_one_background(sprites, gallery, truth)
+  assert alike[0] == truth.caption and len(set(alike)) == len(gallery.truths)
+  assert all(word in caption for caption in alike for word in words)
+  own, other = held_out.in_styles(sprites, truth, ('flat', '3d'))
+  ours, theirs = words[0], ({'flat', '3d'} - {words[0]}).pop()
+  assert own == truth.caption and own.replace(ours, theirs) == other
+  truths, indices = held_out.in_another_style(sprites, gallery.truths, ('flat', '3d'))
+  assert 20 < len(indices) <= len(gallery.truths)
+  for shown, i in zip(truths, indices, strict=True):
+    asked = gallery.truths[i].sprite_index
+    assert sprites.concept[shown.sprite_index] == sprites.concept[asked]
+    assert sprites.style[shown.sprite_index] != sprites.style[asked]
+    assert sprites.split[shown.sprite_index] == 'train'
+  real = held_out.real_pictures(sprites, gallery.truths[:5], 48)
+  moved = held_out.moved(sprites, gallery.truths[:5], 48)
+  assert (moved != real).any(axis=(1, 2, 3)).all()
+  assert {held_out.other_background(i) for i in range(12)} == set(range(12))
+  assert all(held_out.other_background(i) != i for i in range(12))
 
 
 def test_a_picture_without_a_generator_is_where_it_belongs(sprites):

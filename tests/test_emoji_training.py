@@ -41,6 +41,7 @@ TINY = [
   '--preset=tiny',
   '--set=optimizer.warmup_steps=2',
   '--set=decoder.draft_size=8',
+  '--set=upsamplers.0.low_noise=0.1',
   '--set=decoder.unet.condition_channels=3',
   '--draft-steps=2',
   '--styles=flat',

@@ -163,6 +163,7 @@ class UpsamplerConfig:
   degradation: str = 'blur'  # or 'bsr'
   blur_sigma: float = 0.6
   blur_fraction: float = 1.0  # of the crops; what is always blurred in training is sharpened twice
+  low_noise: float = 0.0  # most noise (of [-1, 1]) that training adds: a decoder leaves some too
   final_unet: bool = False  # Karlo: a second network takes the last step
 
 

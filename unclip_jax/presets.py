@@ -137,7 +137,8 @@ EMOJI_SMALL = UnclipConfig(
       # The small image leaves little open: x_0 is soon learned, where v leaves a residue of noise.
       diffusion=DiffusionConfig(prediction='x_0', clip_x_0=1.0),
       sampling=SamplingConfig(num_steps=15, sampler='ddim'),
-      blur_fraction=0.5,
+      blur_fraction=0.25,
+      low_noise=0.1,
     ),
   ),
 )

@@ -15,9 +15,12 @@ from experiments.emoji.compose import Sprites, in_domain, load_sprites
 from experiments.emoji.held_out import Gallery
 from unclip_jax import Unclip
 from unclip_jax.evaluate.retrieval import Interval, bootstrap, is_first
+from unclip_jax.systems.loading import find_folder
 from unclip_jax.types import UnclipError
 
+DOMAIN = ('styles', 'groups', 'labels')
 Row = dict[str, Interval | float]  # measures by their names
+Values = dict[str, np.ndarray]  # the same of each picture
 
 
 class Bench:
@@ -41,10 +44,11 @@ class Bench:
     gallery: Gallery,
     options: dict[str, Any],
     num_samples: int,
+    seed: int,
   ):
     self.model, self.judge, self.sprites, self.gallery = model, judge, sprites, gallery
     self.options = options
-    self.num_samples = num_samples
+    self.num_samples, self.seed = num_samples, seed
     self.labels = np.repeat(np.arange(gallery.num_asked), num_samples)
     self.asked = [gallery.truths[i] for i in self.labels]
     self.size = model.config.upsamplers[-1].image_size
@@ -53,6 +57,13 @@ class Bench:
       look: np.asarray(judge.encode_text(held_out.on_one_background(sprites, gallery, truth)))
       for look, truth in dict(zip(self._look, self.asked, strict=True)).items()
     }
+    styles = options['styles'] or sorted(set(sprites.style))
+    # [captions, styles, d], the style that was asked for as the first.
+    in_styles = [
+      held_out.in_styles(sprites, truth, styles) for truth in gallery.truths[: gallery.num_asked]
+    ]
+    flat = np.asarray(judge.encode_text([caption for row in in_styles for caption in row]))
+    self._in_styles = flat.reshape(len(in_styles), len(styles), -1)
     self._captions = np.asarray(judge.encode_text(gallery.captions))
     # For each background that is asked for, all objects on another one, the same for all.
     self._elsewhere = {}
@@ -66,8 +77,8 @@ class Bench:
 
   def num_unseen(self) -> int:
     """How many of the captions asked for name a concept that training did not show in any style."""
-    options, sprites = self.options, self.sprites
-    fits = in_domain(sprites, options['styles'], options['groups'], options['labels'])
+    sprites = self.sprites
+    fits = in_domain(sprites, *domain_of(self.options))
     known = set(sprites.concept[fits & (sprites.split == 'train')])
     asked = self.gallery.truths[: self.gallery.num_asked]
     return sum(sprites.concept[truth.sprite_index] not in known for truth in asked)
@@ -79,26 +90,31 @@ class Bench:
 
   def draw(self, captions: Sequence[str], num_images: int, **options: Any) -> np.ndarray:
     """Pictures of captions, `num_images` each."""
-    return self.model.sample(list(captions), seed=0, num_images=num_images, **options).images
+    return self.model.sample(list(captions), self.seed, num_images, **options).images
 
-  def row(self, images: np.ndarray) -> Row:
-    """All measures of pictures [captions * num_samples] of what was asked for."""
+  def row(self, values: Values) -> Row:
+    """Means with their intervals."""
+    return {name: bootstrap(value, self.labels) for name, value in values.items()}
+
+  def measure(self, images: np.ndarray) -> Values:
+    """All measures of pictures [captions * num_samples] of what was asked for, each [n]."""
     features, truths, groups = self.judge_images(images), self.asked, self.labels
     to_size = images.shape[1]
     real = self.real
     if to_size != self.size:
       real = held_out.real_pictures(self.sprites, truths, to_size)
-    values = {
+    style_scores = np.einsum('nd,nsd->ns', features, self._in_styles[groups])
+    return {
       'R@1 captions': is_first(features, self._captions, groups),
       'R@1 same ground': self._is_first_by(features, self._alike, self._look),
       'R@1 real, other ground': self._is_first_by(
         features, self._elsewhere, [truth.background for truth in truths]
       ),
+      'asked style': style_scores.argmax(axis=1) == 0,
       'background': measures.has_background(images, truths),
       'silhouette IoU': measures.silhouette_overlap(images, real, truths),
       'colour off by': measures.colour_distance(images, real, truths),
     }
-    return {name: bootstrap(value, groups) for name, value in values.items()}
 
   def _is_first_by(
     self, features: np.ndarray, galleries: dict[Any, np.ndarray], keys: Sequence[Any]
@@ -133,7 +149,7 @@ def make_parser(description: str | None, samples: int) -> common.Parser:
   return parser
 
 
-def open_bench(args: argparse.Namespace) -> Bench:
+def open_bench(args: argparse.Namespace, seed: int) -> Bench:
   """The bench that a script's options ask for.
 
   Raises:
@@ -141,18 +157,40 @@ def open_bench(args: argparse.Namespace) -> Bench:
   """
   if args.samples < 2 or args.captions < 2:
     raise UnclipError('take at least 2 samples and 2 captions')
-  path = args.run / 'decoder' / 'options.json'
-  if not path.exists():
-    raise UnclipError(f'{path} is missing: --run is the folder of a run of train_decoder')
-  options = json.loads(path.read_text())
+  options = read_options(args.run)
   sprites = load_sprites(args.data)
-  domain = (options['styles'], options['groups'], options['labels'])
-  gallery = held_out.make_gallery(sprites, *domain, args.captions)
+  gallery = held_out.make_gallery(sprites, *domain_of(options), args.captions)
   # Held-out captions have words that the model never saw: no need to hear of each.
-  model = dataclasses.replace(unclip_jax.load(args.run), vocabulary=None)
-  judge = unclip_jax.load(args.judge)
+  model = dataclasses.replace(unclip_jax.load(str(args.run)), vocabulary=None)
+  judge = unclip_jax.load(str(args.judge))
   args.images.mkdir(parents=True, exist_ok=True)
-  return Bench(model, judge, sprites, gallery, options, args.samples)
+  return Bench(model, judge, sprites, gallery, options, args.samples, seed)
+
+
+def read_options(run: Path) -> dict[str, Any]:
+  """What the decoder of a run, or of a model that comes with its `options.json`, was trained with.
+
+  Raises:
+    UnclipError: it is not there or not whole.
+  """
+  path = run / 'decoder' / 'options.json'
+  if not path.exists():
+    path = Path(find_folder(str(run))) / 'options.json'
+  try:
+    options = json.loads(path.read_text())
+    return {**options, **dict(zip(DOMAIN, domain_of(options), strict=True))}
+  except OSError as error:
+    raise UnclipError(
+      f'{path} is missing: --run is the folder of a run of train_decoder'
+    ) from error
+  except (ValueError, KeyError, TypeError) as error:
+    raise UnclipError(f'{path} is not the options of a training: train again') from error
+
+
+def domain_of(options: dict[str, Any]) -> tuple[Any, Any, Any]:
+  """Styles, groups and labels, as `in_domain` takes them."""
+  styles, groups, labels = (options[name] for name in DOMAIN)
+  return styles, groups, labels
 
 
 def table(rows: dict[str, Row]) -> str:

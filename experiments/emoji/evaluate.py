@@ -13,7 +13,15 @@ import numpy as np
 from PIL import Image
 
 from experiments.emoji import common, held_out, measures
-from experiments.emoji.bench import Bench, Row, make_parser, open_bench, table
+from experiments.emoji.bench import (
+  Bench,
+  Row,
+  Values,
+  domain_of,
+  make_parser,
+  open_bench,
+  table,
+)
 from experiments.emoji.compose import CaptionedEmoji, in_domain
 from unclip_jax import Unclip
 from unclip_jax.data.degradations import area_downsample
@@ -27,9 +35,14 @@ from unclip_jax.types import UnclipError
 MIN_JUDGE = 0.8  # R@1 on real pictures, below which a judge's word is worth little
 
 
-def compare_sources(bench: Bench) -> dict[str, Row]:
-  """The real pictures, and those decoded from each of what the decoder may be given."""
-  asked = [truth.caption for truth in bench.gallery.truths[: bench.gallery.num_asked]]
+def compare_sources(bench: Bench) -> tuple[dict[str, Row], dict[str, Values]]:
+  """The real pictures, those decoded from each of what the decoder may be given, and two bounds.
+
+  The bounds: training pictures of the same objects in another style, which a model that recalls
+  and does not combine would draw, and pictures of other objects.
+  """
+  truths = bench.gallery.truths[: bench.gallery.num_asked]
+  asked = [truth.caption for truth in truths]
   model, n = bench.model, bench.num_samples
   clip_size = model.config.clip.vision.image_size
   real = held_out.real_pictures(bench.sprites, bench.asked, clip_size)
@@ -43,10 +56,24 @@ def compare_sources(bench: Bench) -> dict[str, Row]:
     'z_t as z_i': bench.draw(asked, n, z_i=model.encode_text([t.caption for t in bench.asked])),
     'caption alone': bench.draw(asked, n, z_i=nothing),
   }
-  rows = {name: bench.row(images) for name, images in pictures.items()}
+  objects = [truth.sprite_index for truth in truths]
+  others = [
+    truth._replace(sprite_index=other, second_index=other)
+    for truth, other in zip(truths, [*objects[1:], objects[0]], strict=True)
+  ]
+  recalled = list(others)
+  for truth, i in zip(
+    *held_out.in_another_style(bench.sprites, truths, bench.options['styles']), strict=True
+  ):
+    recalled[i] = truth
+  for name, bound in (('recall, other style', recalled), ('another object', others)):
+    shown = held_out.real_pictures(bench.sprites, bound, bench.size)
+    pictures[name] = shown.repeat(n, axis=0)
+  values = {name: bench.measure(images) for name, images in pictures.items()}
+  rows = {name: bench.row(value) for name, value in values.items()}
   for name in ('true z_i', 'prior', 'z_t as z_i', 'caption alone'):
     rows[name]['diversity'] = bench.diversity(pictures[name])
-  return rows
+  return rows, values
 
 
 def find_the_weakest(bench: Bench, rows: dict[str, Row]) -> dict[str, str]:
@@ -120,7 +147,7 @@ def psnr(images: np.ndarray, real: np.ndarray) -> float:
 
 def measure_scenes(bench: Bench, num: int) -> dict[str, Row]:
   """Whether two objects are where the caption says, by the judge and by pixels."""
-  scenes = held_out.scenes(bench.sprites, bench.gallery, num)
+  scenes = held_out.scenes(bench.sprites, *domain_of(bench.options), num)
   asked = [places[0] for places in scenes]
   real = held_out.real_pictures(bench.sprites, asked, bench.size)
   drawn = bench.draw([truth.caption for truth in asked], 1)
@@ -139,30 +166,42 @@ def measure_scenes(bench: Bench, num: int) -> dict[str, Row]:
   return result
 
 
-def measure_distance(bench: Bench, num: int) -> float:
-  """The Fréchet distance of generated pictures from real ones, on captions of the training set."""
+def measure_distance(bench: Bench, num: int) -> tuple[float, float]:
+  """Fréchet distances from real pictures of training captions: of generated ones, of other real."""
   options = bench.options
-  source = CaptionedEmoji(
-    bench.sprites,
-    bench.size,
-    num,
-    seed=2,
-    styles=options['styles'],
-    groups=options['groups'],
-    labels=options['labels'],
-    scene_fraction=0.0,
-    jitter=options.get('jitter', 0.04),
+  examples, others = (
+    [source[i] for i in range(num)]
+    for source in (
+      CaptionedEmoji(
+        bench.sprites,
+        bench.size,
+        num,
+        seed,
+        styles=options['styles'],
+        groups=options['groups'],
+        labels=options['labels'],
+        scene_fraction=0.0,
+        jitter=options.get('jitter', 0.04),
+      )
+      for seed in (2, 3)
+    )
   )
-  examples = [source[i] for i in range(num)]
   drawn = bench.draw([example.caption for example in examples], 1)
-  real = np.stack([example.image for example in examples])
-  return frechet_distance(bench.judge_images(drawn), bench.judge_images(real))
+  real, others, drawn = (
+    bench.judge_images(images)
+    for images in (
+      np.stack([example.image for example in examples]),
+      np.stack([example.image for example in others]),
+      drawn,
+    )
+  )
+  return frechet_distance(drawn, real), frechet_distance(others, real)
 
 
 def nearest_of_training(bench: Bench, num: int = 16) -> np.ndarray:
   """Samples of held-out captions above the training pictures that the judge finds nearest."""
-  sprites, options = bench.sprites, bench.options
-  domain = in_domain(sprites, options['styles'], options['groups'], options['labels'])
+  sprites = bench.sprites
+  domain = in_domain(sprites, *domain_of(bench.options))
   candidates = np.flatnonzero(domain & (sprites.split == 'train'))
   truths = bench.asked[:: bench.num_samples][:num]
   drawn = bench.draw([truth.caption for truth in truths], 1)
@@ -176,13 +215,19 @@ def nearest_of_training(bench: Bench, num: int = 16) -> np.ndarray:
   return np.concatenate([drawn, np.stack(nearest)])
 
 
+def is_same(model: Unclip, judge: Unclip) -> bool:
+  """Whether a judge is what generates."""
+  ours, theirs = (jax.tree.leaves(m.params['clip']) for m in (model, judge))
+  return len(ours) == len(theirs) and all(map(np.array_equal, ours, theirs))
+
+
 def main(argv: list[str] | None = None) -> None:
   parser = make_parser(__doc__, samples=4)
   parser.add_argument('--scenes', type=int, default=64, help='of two objects')
   args = parser.parse_args(argv)
   if args.scenes < 1:
     raise UnclipError(f'--scenes {args.scenes}: take 1 or more')
-  bench = open_bench(args)
+  bench = open_bench(args, seed=1)
   gallery = bench.gallery
   print('## Measured by a judge that it never saw\n')
   print(
@@ -192,20 +237,35 @@ def main(argv: list[str] | None = None) -> None:
     'these objects in the style and on the background that were asked for. '
     f'jax {jax.__version__} on {jax.devices()[0].device_kind}.\n'
   )
-  rows = compare_sources(bench)
+  if bench.sprites.size < bench.size:
+    print(f'The real pictures are enlarged from {bench.sprites.size} px: give --data.\n')
+  if is_same(bench.model, bench.judge):
+    print('The judge is the CLIP of the model itself: nothing here is evidence.\n')
+  rows, values = compare_sources(bench)
   print(table(rows) + '\n')
   if rows['real']['R@1 captions'].mean < MIN_JUDGE:
     print(f'The judge finds fewer than {MIN_JUDGE:.0%} of the real pictures: train it longer.\n')
-  for name in ('R@1 captions', 'R@1 same ground'):
+  for name in ('R@1 captions', 'R@1 same ground', 'R@1 real, other ground'):
     share = rows['prior'][name].mean / max(rows['real'][name].mean, 1e-9)
-    print(f'{name}: generated pictures reach {share:.2f} of the real ones.')
-  print()
+    print(f'- {name}: generated pictures reach {share:.2f} of the real ones.')
+  for other in ('z_t as z_i', 'caption alone'):
+    gains = {
+      name: bootstrap(values['prior'][name] * 1.0 - values[other][name], bench.labels)
+      for name in ('R@1 same ground', 'silhouette IoU', 'colour off by')
+    }
+    print(f'- The prior less {other}: ' + ', '.join(f'{k} {v}' for k, v in gains.items()))
   for stage, figure in find_the_weakest(bench, rows).items():
     print(f'- {stage}: {figure}')
-  print('\n' + table(measure_scenes(bench, args.scenes)) + '\n')
+  print(
+    '\nTwo objects of the training set (by chance the place is right in 0.25, the colours are in '
+    'less):\n\n' + table(measure_scenes(bench, args.scenes)) + '\n'
+  )
   num = MIN_ROWS_A_DIMENSION * bench.judge.config.clip.embed_dim
-  distance = measure_distance(bench, num)
-  print(f'Fréchet distance on the features of the judge, {num} pictures: {distance:.4f}\n')
+  distance, floor = measure_distance(bench, num)
+  print(
+    f'Fréchet distance on the features of the judge, {num} pictures of training captions: '
+    f'{distance:.4f}; of other real pictures {floor:.4f}\n'
+  )
   grid = make_grid(nearest_of_training(bench), 16)
   Image.fromarray(grid).save(args.images / 'nearest.webp', quality=85)
   print(f'![Samples above the nearest training pictures]({args.images.name}/nearest.webp)')

@@ -72,6 +72,15 @@ def on_one_background(sprites: Sprites, gallery: Gallery, asked: Truth) -> list[
   ]
 
 
+def in_styles(sprites: Sprites, truth: Truth, styles: Sequence[str]) -> list[str]:
+  """A truth's caption in each of the styles, its own as the first."""
+  own = sprites.style[truth.sprite_index]
+  return [
+    _caption(sprites, truth.sprite_index, style, truth.background)
+    for style in (own, *(style for style in styles if style != own))
+  ]
+
+
 def moved(sprites: Sprites, truths: Sequence[Truth], size: int, jitter: float = 0.04) -> np.ndarray:
   """The pictures with their objects moved and scaled a little, uint8 [n, size, size, 3]."""
   rows = enumerate(truths)
@@ -81,9 +90,9 @@ def moved(sprites: Sprites, truths: Sequence[Truth], size: int, jitter: float = 
 def in_another_style(
   sprites: Sprites, truths: Sequence[Truth], styles: Sequence[str] | None
 ) -> tuple[list[Truth], list[int]]:
-  """The truths' objects in another of the styles, and the indices of the truths that have one."""
+  """Training pictures of the truths' objects in other styles, and which truths have one."""
   result, indices = [], []
-  fits = in_domain(sprites, styles, None, ())
+  fits = in_domain(sprites, styles, None, ()) & (sprites.split == 'train')
   for i, truth in enumerate(truths):
     same = fits & (sprites.concept == sprites.concept[truth.sprite_index])
     others = [int(j) for j in np.flatnonzero(same) if j != truth.sprite_index]
@@ -107,19 +116,31 @@ def other_background(background: int) -> int:
   return (background + n // 2) % n
 
 
-def scenes(sprites: Sprites, gallery: Gallery, num: int) -> list[list[Truth]]:
+def scenes(
+  sprites: Sprites,
+  styles: Sequence[str] | None,
+  groups: Sequence[str] | None,
+  labels: Sequence[str],
+  num: int,
+) -> list[list[Truth]]:
   """Two objects of the training set each, and the same two in the three other places.
 
   Returns:
     `num` lists of four truths: the one that is asked for comes first. The opposite place is also
     the scene with its objects exchanged.
+
+  Raises:
+    UnclipError: a style of the domain has only one object.
   """
-  known, result = gallery.truths[gallery.num_asked :], []
+  fits = in_domain(sprites, styles, groups, labels) & (sprites.split == 'train')
+  known, result = [_truth(sprites, index) for index in _one_a_concept(sprites, fits)], []
   style_of = sprites.style
   for i in range(num):
     first, background = known[i % len(known)].sprite_index, known[i % len(known)].background
     fellows = [t.sprite_index for t in known if style_of[t.sprite_index] == style_of[first]]
     fellows.remove(first)
+    if not fellows:
+      raise UnclipError(f'the domain has one object of style {style_of[first]}: scenes need two')
     second = fellows[_hash(f'partner {i} {sprites.concept[first]}') % len(fellows)]
     places = range(len(captions.RELATIONS))
     asked = _hash(f'place {i} {sprites.concept[first]}') % len(places)

@@ -9,6 +9,7 @@ from experiments.emoji.compose import Truth
 
 BACKGROUND_LEVELS = 12  # of 255: the most that a background may be off in any channel
 OBJECT_LEVELS = 40  # of 255: what differs more from the background belongs to the object
+MIN_COVERED = 0.5  # of a real object's silhouette: with less, the object is not there
 DISTINCT_LEVELS = 60  # of 255: objects less apart in colour do not tell which is where
 
 
@@ -48,7 +49,7 @@ def colour_distance(images: np.ndarray, real: np.ndarray, truths: Sequence[Truth
 def is_bound(
   images: np.ndarray, real: np.ndarray, truths: Sequence[Truth]
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Whether each object of a scene has its own colour rather than the other's.
+  """Whether each object of a scene is there, with its own colour rather than the other's.
 
   Args:
     images: uint8 [n, h, w, 3], of scenes.
@@ -58,18 +59,21 @@ def is_bound(
   Returns:
     bool [n], and bool [n], where the colours of the two objects are apart enough to tell.
   """
-  where = silhouettes(real, truths)
+  where, drawn = silhouettes(real, truths), silhouettes(images, truths)
   halves = np.stack([_half(truth.relation, where.shape[1:]) for truth in truths])
-  first, second = where & halves, where & ~halves
-  ours = [_mean_colour(images, part) for part in (first, second)]
-  theirs = [_mean_colour(real, part) for part in (first, second)]
+  parts = (where & halves, where & ~halves)
+  ours = [_mean_colour(images, part) for part in parts]
+  theirs = [_mean_colour(real, part) for part in parts]
 
   def apart(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.linalg.norm(a - b, axis=-1)
 
-  right = apart(ours[0], theirs[0]) + apart(ours[1], theirs[1])
-  exchanged = apart(ours[0], theirs[1]) + apart(ours[1], theirs[0])
-  return right < exchanged, apart(*theirs) > DISTINCT_LEVELS
+  bound = np.ones(len(truths), bool)
+  for i, part in enumerate(parts):
+    bound &= apart(ours[i], theirs[i]) < apart(ours[i], theirs[1 - i])
+    covered = (drawn & part).sum(axis=(1, 2)) / np.maximum(part.sum(axis=(1, 2)), 1)
+    bound &= covered >= MIN_COVERED
+  return bound, apart(*theirs) > DISTINCT_LEVELS
 
 
 def _mean_colour(images: np.ndarray, where: np.ndarray) -> np.ndarray:

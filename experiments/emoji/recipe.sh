@@ -5,11 +5,12 @@
 #
 # STAGE is one of build clip prior decoder upsampler judge sweep evaluate report; without any, all
 # run in this order. Each is one call that continues where it was stopped. On an accelerator
-# PRESET=emoji trains the larger networks on the whole set, with the scripts' own settings.
+# PRESET=emoji trains the larger networks on the whole set, with the scripts' own settings. The
+# embedded weights came about in more legs than this, by the same scripts: see docs/emoji.md.
 set -euo pipefail
-cd "$(dirname "$0")/../.."
-run=${1:?the folder of the run}
+run=$(realpath -m "${1:?the folder of the run}")
 shift
+cd "$(dirname "$0")/../.."
 preset=${PRESET:-emoji_small}
 data=$run/data
 domain=(--preset "$preset")
@@ -50,6 +51,10 @@ train() { python -m "experiments.emoji.train_$1" "${domain[@]}" "${@:2}"; }
 stages=("$@")
 [ $# -gt 0 ] || stages=(build clip prior decoder upsampler judge sweep evaluate report)
 for stage in "${stages[@]}"; do
+  [[ $stage =~ ^(build|clip|prior|decoder|upsampler|judge|sweep|evaluate|report)$ ]] ||
+    { echo "recipe.sh: no stage $stage" >&2 && exit 2; }
+done
+for stage in "${stages[@]}"; do
   case $stage in
     build)
       [ -e "$data/dataset_info.json" ] ||
@@ -62,9 +67,11 @@ for stage in "${stages[@]}"; do
     upsampler) train upsampler --run "$run" --data "$data" "${upsampler[@]}" ;;
     judge) train judge --run "$run/judge" "${judge[@]}" ;;
     sweep | evaluate)
-      python -m "experiments.emoji.$stage" --run "$run" --judge "$run/judge" --images "$run/images"
+      python -m "experiments.emoji.$stage" --run "$run" --judge "$run/judge" \
+        --images "$run/images" --data "$data"
       ;;
-    report) python -m experiments.emoji.report --run "$run" --images "$run/images" ;;
-    *) echo "recipe.sh: no stage $stage" >&2 && exit 2 ;;
+    report)
+      python -m experiments.emoji.report --run "$run" --images "$run/images" --data "$data"
+      ;;
   esac
 done

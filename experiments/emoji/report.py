@@ -65,11 +65,10 @@ def truths_of(options: dict, split: str, num: int) -> list[Truth]:
   return list(chosen.values())[:num]
 
 
-def training_row(folder: Path) -> str:
-  """One line of the table: updates, examples, hours, the last losses."""
-  rows = read_metrics(folder)
+def training_rows(folder: Path) -> list[str]:
+  """Lines of the table: updates, examples, hours, the last losses; earlier runs below."""
+  rows = [row for row in read_metrics(folder) if row.get('loss')]
   options = json.loads((folder / 'options.json').read_text())
-  rows = [row for row in rows if row.get('loss')]
   steps = int(rows[-1]['step'])
   spacing = steps / len(rows) * options['batch_size']
   hours = sum(spacing / float(row['examples_per_s']) for row in rows) / 3600
@@ -77,7 +76,13 @@ def training_row(folder: Path) -> str:
   names = [n for n in ('loss', 'mse', 'draft_mse', 'accuracy', 'cosine') if rows[-1].get(n)]
   figures = ', '.join(f'{n} {np.mean([float(r[n]) for r in tail]):.4f}' for n in names)
   examples = steps * options['batch_size']
-  return f'| {folder.name} | {steps:,} | {examples:,} | {hours:.2f} | {figures} |'
+  lines = [f'| {folder.name} | {steps:,} | {examples:,} | {hours:.2f} | {figures} |']
+  # What a run started from was trained before it.
+  before = Path(options.get('init') or '') / folder.name
+  if (before / 'metrics.csv').exists() and before.resolve() != folder.resolve():
+    name = f'| {folder.name} |'
+    lines += [line.replace(name, f'{name[:-2]}, before |') for line in training_rows(before)]
+  return lines
 
 
 def compare(model: Unclip, sprites: Sprites, truths: list[Truth]) -> np.ndarray:
@@ -124,7 +129,10 @@ def main(argv: list[str] | None = None) -> None:
   options = json.loads((args.run / 'decoder' / 'options.json').read_text())
   sprites, sections = load_sprites(args.data), []
   for split, what in (
-    ('val_pairs', 'Held-out pairs: the concept was seen in other styles, in this one never'),
+    (
+      'val_pairs',
+      'Held-out pairs: the concept was seen in another style if at all, never in this one',
+    ),
     ('val_concepts', 'Held-out concepts: never seen in any style'),
     ('train', 'Captions of the training set'),
   ):
@@ -156,7 +164,7 @@ def main(argv: list[str] | None = None) -> None:
   print('|---|---|---|---|---|')
   there = [stage for stage in STAGES if (args.run / stage).exists()]
   for stage in there:
-    print(training_row(args.run / stage))
+    print('\n'.join(training_rows(args.run / stage)))
   plot_curves(args.run, there, args.images / 'curves.png')
   print(f'\n![Training curves]({args.images.name}/curves.png)\n')
   print('\n'.join(sections), end='')

@@ -34,7 +34,7 @@ def sweep(bench: Bench) -> dict[tuple[str, str, float], Row]:
       for value in values:
         decoder = Sampling(**{**own, setting: value}, sampler=sampler)
         images = bench.draw(asked, bench.num_samples, decoder=decoder, size=config.image_size)
-        rows[setting, sampler, value] = bench.row(images)
+        rows[setting, sampler, value] = bench.row(bench.measure(images))
   return rows
 
 
@@ -60,13 +60,16 @@ def plot(rows: dict[tuple[str, str, float], Row]) -> plt.Figure:
 
 def main(argv: list[str] | None = None) -> None:
   args = make_parser(__doc__, samples=2).parse_args(argv)
-  bench = open_bench(args)
+  bench = open_bench(args, seed=0)
   rows = sweep(bench)
   figure = plot(rows)
   figure.savefig(args.images / 'sweep.png', dpi=80)
   plt.close(figure)
   print('## Guidance and steps\n')
-  print(f'{args.samples} samples a caption, {bench.model.config.decoder.image_size} px.\n')
+  print(
+    f'{args.samples} samples of each of the held-out captions, before the upsampler '
+    f'({bench.model.config.decoder.image_size} px), from other noise than the tables above.\n'
+  )
   print(table({f'{s} {value:g}, {sampler}': row for (s, sampler, value), row in rows.items()}))
   print(f'\n![Quality against guidance and steps]({args.images.name}/sweep.png)')
 

@@ -96,10 +96,14 @@ def main(
           checkpoints.save(step, state)
           r_at_1 = retrieval(state.ema_params, held_out_images, tokens.ids, tokens.mask)
           log.write(step, {'val_r_at_1': r_at_1})
-          log.message(f'step {step}: held-out R@1 among {len(captions)} is {float(r_at_1):.3f}')
+          log.message(
+            f'step {step}: R@1 among {len(captions)} captions of val_pairs is {float(r_at_1):.3f}'
+          )
       checkpoints.save(step, state)
       r_at_1 = retrieval(state.ema_params, held_out_images, tokens.ids, tokens.mask)
-      log.message(f'step {step}: held-out R@1 among {len(captions)} is {float(r_at_1):.3f}')
+      log.message(
+        f'step {step}: R@1 among {len(captions)} captions of val_pairs is {float(r_at_1):.3f}'
+      )
       log.write_curves(['loss'])
   common.export_stage(train, 'clip', state.ema_params, splits)
 

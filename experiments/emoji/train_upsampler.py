@@ -71,6 +71,10 @@ def main(argv: list[str] | None = None) -> None:
       key_blur, key = jax.random.split(key)
       is_blurred = jax.random.bernoulli(key_blur, config.blur_fraction, (len(low), 1, 1, 1))
       low = jnp.where(is_blurred, gaussian_blur(low, sigma=config.blur_sigma), low)
+    if config.low_noise:
+      key_level, key_noise, key = jax.random.split(key, 3)
+      level = config.low_noise * jax.random.uniform(key_level, (len(low), 1, 1, 1))
+      low = low + level * jax.random.normal(key_noise, low.shape)
     return upsampler.loss(config, params, image, low, key, train.dtype)
 
   def make_batch(pool, indices, key):

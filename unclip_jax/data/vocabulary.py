@@ -22,8 +22,9 @@ from unclip_jax.types import UnclipError
 
 CONCEPTS, STYLES = 'concepts', 'styles'
 _KEYS = {'lists', 'words', 'prompt'}
-# Of difflib's ratio: 'appel' is an apple (0.80), a 'boot' is no boat (0.75).
-_SPELLED_ALIKE = 0.8
+# Of difflib's ratio: 'bleu' is blue (0.75). Words that no list shows must be nearer.
+_SPELLED_ALIKE = 0.75
+_SPELLED_ALIKE_UNLISTED = 0.8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,9 +88,19 @@ class Vocabulary:
     return [word for word in words if self.words.isdisjoint((word, *_inflected(word)))]
 
   def spelled_like(self, word: str) -> str | None:
-    """The concept or word that `word` may be a slip of the fingers for."""
-    known = [*self.concepts, *sorted(self.words)]
-    return next(iter(difflib.get_close_matches(word, known, 1, _SPELLED_ALIKE)), None)
+    """The word that `word` may be a slip of the fingers for: one that is listed before others."""
+    texts = {text for items in self.lists.values() for text in items}
+    listed = texts | {part for text in texts for part in split_words(text)}
+    for known, cutoff in ((listed, _SPELLED_ALIKE), (self.words, _SPELLED_ALIKE_UNLISTED)):
+      near = difflib.get_close_matches(word, sorted(known), 5, cutoff)
+      # A slip seldom takes the first letter.
+      if near:
+        return max(near, key=lambda text: (text[0] == word[0], _alikeness(text, word)))
+    return None
+
+
+def _alikeness(one: str, other: str) -> float:
+  return difflib.SequenceMatcher(None, other, one).ratio()
 
 
 def split_words(text: str) -> list[str]:

@@ -142,6 +142,7 @@ def check_config(config: UnclipConfig) -> None:
       )
     shares[f'upsamplers.{i}.crop_fraction'] = stage.crop_fraction
     shares[f'upsamplers.{i}.blur_fraction'] = stage.blur_fraction
+    shares[f'upsamplers.{i}.low_noise'] = stage.low_noise
   for name, share in shares.items():
     if not 0 <= share <= 1:
       raise UnclipError(f'{name} is {share:g}: take a fraction from 0 to 1')

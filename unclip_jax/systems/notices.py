@@ -16,7 +16,7 @@ def of_cut(tokenizer: Tokenizer, text: str) -> str | None:
     return None
   return (
     f'the prompt {_shorten(text)!r} is longer than the {tokenizer.context_length} tokens that the '
-    f'model reads; this was cut off: {cut!r}'
+    f'model reads; this was cut off: {_shorten(cut)!r}'
   )
 
 
