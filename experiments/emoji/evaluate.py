@@ -47,12 +47,13 @@ def compare_sources(bench: Bench) -> tuple[dict[str, Row], dict[str, Values]]:
   clip_size = model.config.clip.vision.image_size
   real = held_out.real_pictures(bench.sprites, bench.asked, clip_size)
   nothing = model.params['decoder']['null_z_i'][None] / model.config.decoder.embed_scale
+  small, *_, large = model.sample(asked, bench.seed, n).stage_images
   # A given z_i is one row a picture.
   pictures = {
     'real': bench.real,
     'true z_i': bench.draw(asked, n, z_i=model.encode_image(real)),
-    'prior': bench.draw(asked, n),
-    'prior, not enlarged': bench.draw(asked, n, size=model.config.decoder.image_size),
+    'prior': common.to_uint8(large),
+    'prior, not enlarged': common.to_uint8(small),
     'z_t as z_i': bench.draw(asked, n, z_i=model.encode_text([t.caption for t in bench.asked])),
     'caption alone': bench.draw(asked, n, z_i=nothing),
   }
