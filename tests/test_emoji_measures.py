@@ -97,7 +97,7 @@ def test_scenes_have_four_places_and_their_own_pictures(sprites):
 def test_galleries_differ_in_the_object_alone(sprites, gallery):
   truth = gallery.truths[0]
   words = (sprites.style[truth.sprite_index], captions.COLOUR_NAMES[truth.background])
-  alike = held_out.on_one_background(sprites, gallery, truth)
+  alike = held_out.captions_on_same_ground(sprites, gallery, truth)
   assert alike[0] == truth.caption and len(set(alike)) == len(gallery.truths)
   assert all(word in caption for caption in alike for word in words)
   own, other = held_out.in_styles(sprites, truth, ('flat', '3d'))

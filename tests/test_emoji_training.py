@@ -246,6 +246,17 @@ def test_settings_are_compared_with_the_rest_of_the_models_own(
   assert (tmp_path / 'sweep.png').stat().st_size > 5000
 
 
+@pytest.mark.parametrize('script', [evaluate, sweep, report])
+@pytest.mark.parametrize('options', [None, '{', '{}', '[]'])
+def test_what_is_not_a_whole_run_is_not_measured(script, options, tmp_path):
+  if options is not None:
+    (tmp_path / 'decoder').mkdir()
+    (tmp_path / 'decoder' / 'options.json').write_text(options)
+  message = 'options.json is missing' if options is None else 'is not the options of a training'
+  with pytest.raises(UnclipError, match=re.escape(message)):
+    script.main([f'--run={tmp_path}', f'--images={tmp_path}'])
+
+
 def test_a_run_is_reported_with_samples_that_nobody_picked(whole, tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(report, 'COLUMNS', 3)
   monkeypatch.setattr(report, 'COMPARED', 2)
@@ -277,7 +288,7 @@ def test_a_run_is_reported_with_samples_that_nobody_picked(whole, tmp_path, caps
   ],
 )
 def test_an_option_that_makes_no_sense_is_named(argument, message, tmp_path):
-  with pytest.raises(UnclipError, match=message):
+  with pytest.raises(UnclipError, match=re.escape(message)):
     train_clip.main([f'--run={tmp_path}', *TINY, argument])
   assert not (tmp_path / 'unclip.json').exists()
 

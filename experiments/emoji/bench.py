@@ -52,10 +52,10 @@ class Bench:
     self.labels = np.repeat(np.arange(gallery.num_asked), num_samples)
     self.asked = [gallery.truths[i] for i in self.labels]
     self.size = model.config.upsamplers[-1].image_size
-    self._look = [(sprites.style[t.sprite_index], t.background) for t in self.asked]
-    self._alike = {
-      look: np.asarray(judge.encode_text(held_out.on_one_background(sprites, gallery, truth)))
-      for look, truth in dict(zip(self._look, self.asked, strict=True)).items()
+    self._styles_and_grounds = [(sprites.style[t.sprite_index], t.background) for t in self.asked]
+    self._on_same_ground = {
+      key: np.asarray(judge.encode_text(held_out.captions_on_same_ground(sprites, gallery, truth)))
+      for key, truth in dict(zip(self._styles_and_grounds, self.asked, strict=True)).items()
     }
     styles = options['styles'] or sorted(set(sprites.style))
     # [captions, styles, d], the style that was asked for as the first.
@@ -106,7 +106,9 @@ class Bench:
     style_scores = np.einsum('nd,nsd->ns', features, self._in_styles[groups])
     return {
       'R@1 captions': is_first(features, self._captions, groups),
-      'R@1 same ground': self._is_first_by(features, self._alike, self._look),
+      'R@1 same ground': self._is_first_by(
+        features, self._on_same_ground, self._styles_and_grounds
+      ),
       'R@1 real, other ground': self._is_first_by(
         features, self._elsewhere, [truth.background for truth in truths]
       ),

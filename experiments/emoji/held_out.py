@@ -60,7 +60,7 @@ def real_pictures(sprites: Sprites, truths: Sequence[Truth], size: int) -> np.nd
   return np.stack([draw(sprites, truth, size) for truth in truths])
 
 
-def on_one_background(sprites: Sprites, gallery: Gallery, asked: Truth) -> list[str]:
+def captions_on_same_ground(sprites: Sprites, gallery: Gallery, asked: Truth) -> list[str]:
   """Captions of all objects of a gallery in the style and on the background of one truth.
 
   Among them only the object tells which is right; in the gallery's own captions the background

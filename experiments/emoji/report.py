@@ -21,10 +21,12 @@ from PIL import Image, ImageDraw
 
 import unclip_jax
 from experiments.emoji import common
+from experiments.emoji.bench import read_options
 from experiments.emoji.compose import CaptionedEmoji, Sprites, Truth, load_sprites
 from experiments.emoji.held_out import real_pictures
 from unclip_jax import Unclip
 from unclip_jax.images import make_grid
+from unclip_jax.types import UnclipError
 
 STAGES = ('clip', 'prior', 'draft', 'decoder', 'upsampler_0')  # the draft is part of the decoder
 COLUMNS = 8
@@ -123,10 +125,13 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument('--images', type=Path, default=Path('docs/images'))
   parser.add_argument('--data', type=Path, default=None, help='a build as large as the pictures')
   args = parser.parse_args(argv)
+  options = read_options(args.run)
+  there = [stage for stage in STAGES if (args.run / stage / 'metrics.csv').exists()]
+  if not there:
+    raise UnclipError(f'{args.run} has no log of a training: give the folder of a run')
   args.images.mkdir(parents=True, exist_ok=True)
   # Held-out captions have words that the model never saw: no need to hear of each.
   model = dataclasses.replace(unclip_jax.load(args.run), vocabulary=None)
-  options = json.loads((args.run / 'decoder' / 'options.json').read_text())
   sprites, sections = load_sprites(args.data), []
   for split, what in (
     (
@@ -162,7 +167,6 @@ def main(argv: list[str] | None = None) -> None:
   )
   print('| stage | updates | examples | hours | mean of the last twentieth of the run |')
   print('|---|---|---|---|---|')
-  there = [stage for stage in STAGES if (args.run / stage).exists()]
   for stage in there:
     print('\n'.join(training_rows(args.run / stage)))
   plot_curves(args.run, there, args.images / 'curves.png')
