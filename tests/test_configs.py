@@ -49,6 +49,10 @@ from unclip_jax.types import UnclipError
     (['decoder.text.num_heads=5'], r'decoder\.text\.num_heads is 5'),
     (['decoder.image_drop=-0.1'], r'decoder\.image_drop is -0\.1: take a fraction'),
     (['upsamplers.0.low_noise=-0.1'], r'upsamplers\.0\.low_noise is -0\.1: take a fraction'),
+    (
+      ['upsamplers.0.keep_low=true', 'upsamplers.0.image_size=40'],
+      r'upsamplers\.0\.low_size is 16: with keep_low it must divide upsamplers\.0\.image_size, 40',
+    ),
     (['upsamplers.0.blur_fraction=2.0'], r'upsamplers\.0\.blur_fraction is 2: take a fraction'),
     (['upsamplers.0.degradation=rain'], r"upsamplers\.0\.degradation is 'rain'.*blur, bsr"),
     (['decoder.diffusion.clip_x_0=-1.0'], r'decoder\.diffusion\.clip_x_0 is -1: take more than 0'),

@@ -40,6 +40,23 @@ def upscale(image_bhwc: Array, size: int) -> Array:
   return jax.image.resize(image, (b, size, size, c), 'cubic', antialias=True)
 
 
+def back_project(image_bhwc: Array, low_bhwc: Array) -> Array:
+  """The image whose block means are brought to the small image: `image + enlarge(low - shrink)`.
+
+  One step of iterative back-projection (Irani and Peleg 1991): it takes back shifts of colour over
+  more than a few small pixels, such as a background's, and leaves the edges between.
+
+  Args:
+    image_bhwc: [b, h, w, c].
+    low_bhwc: [b, h / n, w / n, c] in [-1, 1].
+  """
+  b, height, width, c = image_bhwc.shape
+  h, w = low_bhwc.shape[1:3]
+  shrunk = image_bhwc.reshape(b, h, height // h, w, width // w, c).mean(axis=(2, 4))
+  missing = jnp.clip(low_bhwc, -1, 1) - shrunk
+  return image_bhwc + jax.image.resize(missing, image_bhwc.shape, 'cubic', antialias=True)
+
+
 def loss(
   config: UpsamplerConfig,
   params: Params,
@@ -133,10 +150,11 @@ def sample(
     result = samplers.sample_loop(denoise_fn, sampler, rows, x, key_b, with_trajectory)
     return result if with_trajectory else (result, None)
 
-  if not config.final_unet:
-    return run('unet', plan, x_start)
-  x, first = run('unet', jax.tree.map(lambda row: row[:-1], plan), x_start)
-  x, last = run('final_unet', jax.tree.map(lambda row: row[-1:], plan), x)
-  if with_trajectory:
-    first = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first, last)
-  return x, first
+  if config.final_unet:
+    x, trajectory = run('unet', jax.tree.map(lambda row: row[:-1], plan), x_start)
+    x, last = run('final_unet', jax.tree.map(lambda row: row[-1:], plan), x)
+    if with_trajectory:
+      trajectory = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), trajectory, last)
+  else:
+    x, trajectory = run('unet', plan, x_start)
+  return (back_project(x, low_bhwc) if config.keep_low else x), trajectory

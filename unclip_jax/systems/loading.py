@@ -140,6 +140,11 @@ def check_config(config: UnclipConfig) -> None:
         f'upsamplers.{i}.degradation is {stage.degradation!r}: take one of '
         f'{", ".join(DEGRADATIONS)}'
       )
+    if stage.keep_low and (stage.low_size < 1 or stage.image_size % stage.low_size):
+      raise UnclipError(
+        f'upsamplers.{i}.low_size is {stage.low_size}: with keep_low it must divide '
+        f'upsamplers.{i}.image_size, {stage.image_size}'
+      )
     shares[f'upsamplers.{i}.crop_fraction'] = stage.crop_fraction
     shares[f'upsamplers.{i}.blur_fraction'] = stage.blur_fraction
     shares[f'upsamplers.{i}.low_noise'] = stage.low_noise
