@@ -333,9 +333,12 @@ DAMAGES = {
   ),
   "another model's tokenizer": (
     lambda m: (m / 'tokenizer.json').write_text(
-      (m / 'tokenizer.json').read_text().replace('"max_length":12', '"max_length":13')
+      (m / 'tokenizer.json')
+      .read_text()
+      .replace('"max_length":12', '"max_length":13')
+      .replace('"Fixed":12', '"Fixed":13')
     ),
-    ['tokenizer.json', '13 tokens', 'take the tokenizer of that model'],
+    ['the tokenizer of', '13 tokens', 'take the tokenizer of that model'],
   ),
 }
 

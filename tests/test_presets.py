@@ -17,7 +17,7 @@ from unclip_jax.configs import (
 )
 from unclip_jax.presets import PAPER, PRESETS, TINY, preset
 from unclip_jax.stages import clip, decoder, diffusion_prior, upsampler
-from unclip_jax.systems.loading import check_config
+from unclip_jax.systems.checks import check_config
 from unclip_jax.types import UnclipError
 
 

@@ -17,7 +17,8 @@ from experiments.emoji.domain import make_vocabulary
 from unclip_jax.cli import main
 from unclip_jax.data.vocabulary import Vocabulary, split_words
 from unclip_jax.images import make_sheet, read_text
-from unclip_jax.systems.loading import DEFAULT_FOLDER, read_vocabulary
+from unclip_jax.systems.formats import read_vocabulary
+from unclip_jax.systems.loading import DEFAULT_FOLDER
 from unclip_jax.systems.unclip import Unclip
 from unclip_jax.types import UnclipError
 

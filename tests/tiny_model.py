@@ -31,7 +31,7 @@ CONFIG: UnclipConfig = override(
 
 
 @functools.cache
-def make_params() -> dict[str, Params]:
+def make_params(config: UnclipConfig = CONFIG) -> dict[str, Params]:
   """Random parameters, none of them zero."""
   draw = np.random.default_rng(0)
 
@@ -41,9 +41,9 @@ def make_params() -> dict[str, Params]:
     mean = 1.0 if name == 'scale' else 0.0
     return (mean + spread * draw.normal(size=leaf.shape)).astype(np.float32)
 
-  params = jax.tree_util.tree_map_with_path(fill, expected_params(CONFIG))
+  params = jax.tree_util.tree_map_with_path(fill, expected_params(config))
   # Embeddings of unit norm.
-  d = CONFIG.prior.embed_dim
+  d = config.prior.embed_dim
   params['prior']['statistics'] = {
     'mean': draw.normal(0, 0.1, d).astype(np.float32),
     'std': draw.uniform(0.1, 0.3, d).astype(np.float32),
@@ -51,13 +51,13 @@ def make_params() -> dict[str, Params]:
   return params
 
 
-def write_tiny_model(folder: Path) -> Path:
+def write_tiny_model(folder: Path, config: UnclipConfig = CONFIG) -> Path:
   """Writes the model and returns its folder."""
   folder.mkdir(parents=True, exist_ok=True)
-  text = CONFIG.clip.text
+  text = config.clip.text
   tokenizer = Tokenizer.train(TEXTS * 3, text.vocab_size, text.context_length)
   tokenizer.save(folder / 'tokenizer.json')
-  write_model(folder, to_json(CONFIG), make_params(), folder / 'tokenizer.json')
+  write_model(folder, to_json(config), make_params(config), folder / 'tokenizer.json')
   return folder
 
 

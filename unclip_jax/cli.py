@@ -239,47 +239,45 @@ def info(
   from rich.console import Console
   from rich.table import Table
 
-  from unclip_jax.systems import loading, settings
+  from unclip_jax.systems import formats, loading, settings
   from unclip_jax.terminal import cache_folder
 
   loaded = unclip_jax.load(model)
-  folder = loading.find_folder(model)
-  manifest = loading.read_manifest(folder)
+  opened = formats.open_model(loading.find_folder(model))
   config = loaded.config
-  prior, decoder = config.prior, config.decoder
-  sampling = {
-    'prior': f'{settings.summary(prior.sampling)}, {prior.num_candidates} candidates',
-    'decoder': settings.summary(decoder.sampling),
-    **{f'upsampler_{i}': settings.summary(up.sampling) for i, up in enumerate(config.upsamplers)},
-  }
-  makes = {
-    'clip': f'{config.clip.embed_dim} numbers',
-    'prior': f'{prior.embed_dim} numbers',
-    'decoder': f'{decoder.image_size} px',
-    **{f'upsampler_{i}': f'{up.image_size} px' for i, up in enumerate(config.upsamplers)},
-  }
+  sampling, makes = {}, {'clip': f'{config.clip.embed_dim} numbers'}
+  if config.prior is not None:
+    makes['prior'] = f'{config.prior.embed_dim} numbers'
+    candidates = config.prior.num_candidates
+    drawn = f', {candidates} candidates' if candidates > 1 else ''
+    sampling['prior'] = f'{settings.summary(config.prior.sampling)}{drawn}'
+  decoders = {'decoder': config.decoder} if config.decoder is not None else {}
+  decoders |= {f'upsampler_{i}': up for i, up in enumerate(config.upsamplers)}
+  for name, stage in decoders.items():
+    makes[name] = f'{stage.image_size} px'
+    sampling[name] = settings.summary(stage.sampling)
   table = Table(box=None, header_style='bold', pad_edge=False)
   table.add_column('stage')
   table.add_column('makes')
   table.add_column('parameters', justify='right')
-  table.add_column('file', justify='right')
+  table.add_column('files', justify='right')
   table.add_column('sampled by')
   total_parameters = total_bytes = 0
   for name, params in loaded.params.items():
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
-    size = manifest.stages[name].stat().length
+    size = sum(path.stat().length for path in opened.stages[name].paths)
     total_parameters, total_bytes = total_parameters + count, total_bytes + size
     row = (f'{count:,}', f'{size / 2**20:.1f} MiB', sampling.get(name, ''))
     table.add_row(name.replace('_', ' '), makes[name], *row)
   table.add_row('all', '', f'{total_parameters:,}', f'{total_bytes / 2**20:.1f} MiB', '')
   console = Console(highlight=False)
-  print(f'{model}: {folder}, written by {manifest.written_by}\n')
+  print(f'{model}: {opened.folder}, written by {opened.written_by}\n')
   console.print(table)
-  sizes = ', '.join(map(str, settings.sizes(config)))
+  sizes = f'{", ".join(map(str, settings.sizes(config)))} px' if config.decoder else 'none'
   text = config.clip.text
   cache = jax.config.jax_compilation_cache_dir or cache_folder()
   print(
-    f'\nsizes     {sizes} px\n'
+    f'\nsizes     {sizes}\n'
     f'captions  up to {text.context_length} tokens of {loaded.tokenizer.vocab_size:,}\n'
     f'devices   {_devices(jax.devices())}\n'
     f'versions  unclip_jax {unclip_jax.__version__}, jax {metadata.version("jax")}, '
@@ -311,12 +309,12 @@ def main(args: list[str] | None = None) -> None:
 def _show_vocabulary(model: str, matching: str | None, pictures: str | None) -> None:
   """Prints what a model knows; draws it where `pictures` names a file."""
   from unclip_jax.display import format_lists
-  from unclip_jax.systems import loading
+  from unclip_jax.systems import formats, loading
   from unclip_jax.types import UnclipError
 
   if pictures is not None and not pictures.lower().endswith('.png'):
     raise UnclipError(f'--pictures {pictures!r}: give the name of a file that ends in .png')
-  vocabulary = loading.read_vocabulary(loading.find_folder(model))
+  vocabulary = formats.open_model(loading.find_folder(model)).vocabulary
   if vocabulary is None:
     raise UnclipError(
       f'the model {model} has no vocabulary: export one of its stages again, or take another model'

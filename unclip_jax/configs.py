@@ -23,6 +23,7 @@ class TextConfig:
   depth: int
   num_heads: int
   mlp_activation: str = 'gelu'  # OpenAI's CLIP: quick_gelu
+  mlp_width: int | None = None  # 4 * width
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,7 @@ class ViTConfig:
   depth: int
   num_heads: int
   mlp_activation: str = 'gelu'
+  mlp_width: int | None = None  # 4 * width; open_clip's bigG has less than 5 times
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +53,7 @@ class ClipConfig:
   """CLIP: two towers into one space."""
 
   text: TextConfig
-  vision: ViTConfig | ConvTowerConfig
+  vision: ViTConfig | ConvTowerConfig | None  # None: a text-to-image model came without it
   embed_dim: int
   unit_norm: bool = True  # Karlo and Kandinsky use the projections as they are
   pixel_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -169,12 +171,64 @@ class UpsamplerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LatentUNetConfig:
+  """The U-Net of Stable Diffusion, over latents: Transformers between its convolutions.
+
+  What is given for each level begins at 0, the highest resolution; the middle is as the last level,
+  and always has attention.
+  """
+
+  in_channels: int
+  out_channels: int
+  channels: int
+  multipliers: tuple[int, ...]
+  num_res_blocks: int
+  attention_levels: tuple[int, ...]
+  num_heads: tuple[int, ...]  # for each level: 8, or as many as leave them 64 channels
+  depths: tuple[int, ...]  # Transformer blocks in an attention layer, for each level
+  context_dim: int  # width of the text's states
+  class_dim: int = 0  # width of an embedding that is added to that of the timestep; 0: none
+  # How public files hold the projections at both ends of a Transformer: as linear layers
+  # (Stable Diffusion 2) or as 1x1 convolutions (1). What they compute is the same.
+  linear_projection: bool = True
+  dropout: float = 0.0
+  num_groups: int = 32
+
+  @property
+  def emb_dim(self) -> int:
+    """Width of the timestep embedding."""
+    return 4 * self.channels
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderConfig:
+  """The autoencoder whose latents a decoder paints: Kandinsky's MoVQ, or Stable Diffusion's."""
+
+  channels: int
+  multipliers: tuple[int, ...]
+  num_res_blocks: int
+  latent_channels: int
+  kind: str = 'kl'  # the encoder gives mean and log-variance; or 'vq': it gives the latent
+  scaling: float = 0.18215  # latents are multiplied by it before they are noised; Kandinsky's never
+  image_channels: int = 3
+  attention_levels: tuple[int, ...] = ()  # 0 is the highest resolution; the middle always has it
+  num_groups: int = 32
+  codebook_size: int = 0  # of 'vq'
+  spatial_norm: bool = False  # the latent scales and shifts the decoder's norms (MoVQ)
+
+  @property
+  def factor(self) -> int:
+    """Pixels a side that one of the latent stands for."""
+    return 2 ** (len(self.multipliers) - 1)
+
+
+@dataclasses.dataclass(frozen=True)
 class UnclipConfig:
-  """The whole system."""
+  """The whole system; public weights may come without some of its stages."""
 
   clip: ClipConfig
-  prior: PriorConfig
-  decoder: DecoderConfig
+  prior: PriorConfig | None
+  decoder: DecoderConfig | None
   upsamplers: tuple[UpsamplerConfig, ...] = ()
 
 

@@ -24,7 +24,9 @@ from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.nn.clip import TextFeatures
 from unclip_jax.presets import preset
 from unclip_jax.stages import clip
-from unclip_jax.systems.loading import check_config, find_folder, read_vocabulary
+from unclip_jax.systems.checks import check_config
+from unclip_jax.systems.formats import open_model, read_vocabulary
+from unclip_jax.systems.loading import find_folder
 from unclip_jax.train.state import (
   Metrics,
   OptimizerConfig,
@@ -154,7 +156,7 @@ def parse_options(
       f'--pool-size {args.pool_size}: take at least the {args.batch_size} of --batch-size'
     )
   if args.init is not None:
-    read_manifest(find_folder(args.init))
+    open_model(find_folder(args.init))
   for name, most in (('scene_fraction', 1), ('ema_decay', 1), ('jitter', 0.5)):
     value = getattr(args, name)
     if not 0 <= value <= most:

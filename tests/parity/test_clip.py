@@ -1,5 +1,6 @@
 """Both towers of CLIP against transformers, with the exact GELU and with OpenAI's quick one."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,10 +9,18 @@ import pytest
 import torch
 import transformers
 import twins
+from PIL import Image, ImageFilter
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+import unclip_jax
 from unclip_jax.configs import ClipConfig, TextConfig, ViTConfig
+from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.nn.clip import ClipNetwork
 from unclip_jax.stages import clip
+from unclip_jax.systems import convert as systems_convert
+from unclip_jax.systems import programs
+from unclip_jax.types import UnclipError
+from unclip_jax.weights import transformers_clip
 
 TOLERANCE = 1e-5
 END = 5  # the end-of-text token
@@ -43,7 +52,7 @@ CONFIGS = {
 }
 
 
-def make_twin(config, seed):
+def make_twin(config, seed, end_id=END):
   text, vision = config.text, config.vision
   common = {'projection_dim': config.embed_dim, 'layer_norm_eps': 1e-5}
   twin = transformers.CLIPModel(
@@ -51,13 +60,13 @@ def make_twin(config, seed):
       text_config={
         'vocab_size': text.vocab_size,
         'hidden_size': text.width,
-        'intermediate_size': 4 * text.width,
+        'intermediate_size': text.mlp_width or 4 * text.width,
         'num_hidden_layers': text.depth,
         'num_attention_heads': text.num_heads,
         'max_position_embeddings': text.context_length,
         'hidden_act': text.mlp_activation,
         'bos_token_id': 1,
-        'eos_token_id': END,
+        'eos_token_id': end_id,
         **common,
       },
       vision_config={
@@ -146,12 +155,16 @@ def expected_shapes(config):
   return jax.eval_shape(lambda key: clip.init(config, key), jax.random.key(0))
 
 
+def convert(tensors, config):
+  return twins.convert(tensors, transformers_clip.rules(config), expected_shapes(config))
+
+
 @pytest.mark.parametrize('name', CONFIGS)
 @pytest.mark.parametrize('batch', [3, 5])
 def test_towers_agree_with_transformers(name, batch):
   config = CONFIGS[name]
   twin = make_twin(config, seed=batch)
-  params = twins.convert_clip(twins.tensors_of(twin), config, expected_shapes(config))
+  params = convert(twins.tensors_of(twin), config)
   inputs = make_inputs(config, batch)
   worst = twins.worst_deviation(
     run_ours(config, params, *inputs), run_twins(config, twin, *inputs[:2])
@@ -165,9 +178,56 @@ def test_towers_use_every_tensor_of_transformers(name):
   config = CONFIGS[name]
   twin = make_twin(config, seed=0)
   inputs = make_inputs(config, 3)
+  rules = transformers_clip.rules(config)
 
   def run(tensors):
-    return run_ours(config, twins.convert_clip(tensors, config, expected_shapes(config)), *inputs)
+    return run_ours(config, twins.lay_out(tensors, rules, expected_shapes(config)), *inputs)
 
   expected = run_twins(config, twin, *inputs[:2])
   twins.check_each_tensor_matters(twins.tensors_of(twin), run, expected, TOLERANCE)
+
+
+@pytest.mark.parametrize('shape', [(20, 20), (37, 53), (64, 23), (9, 31)])
+def test_images_are_prepared_as_by_transformers(shape):
+  image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+  image = np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(1)))
+  sizes = {'size': {'shortest_edge': 20}, 'crop_size': {'height': 20, 'width': 20}}
+  expected = CLIPImageProcessorPil(**sizes)(Image.fromarray(image), return_tensors='np')
+  mean, std = (
+    np.float32(each) for each in (transformers_clip.OPENAI_MEAN, transformers_clip.OPENAI_STD)
+  )
+  ours = (np.asarray(programs.prepare(image[None], 20)) + 1) / 2
+  levels = 255 * (ours - (np.moveaxis(expected.pixel_values, 1, -1) * std + mean))
+  assert np.abs(levels).max() <= 1.5  # Pillow rounds to whole levels after each axis
+
+
+def test_a_folder_of_transformers_opens_and_is_written_back(tmp_path):
+  config = dataclasses.replace(
+    CONFIGS['quick_gelu, three heads'],
+    text=dataclasses.replace(
+      CONFIGS['quick_gelu, three heads'].text, vocab_size=49408, context_length=9, mlp_width=50
+    ),
+  )
+  twin = make_twin(config, seed=0, end_id=49407)
+  twin.save_pretrained(tmp_path / 'theirs')
+  tokenizer = Tokenizer.clip(context_length=9, pad_id=49407)
+  tokenizer.save_transformers(tmp_path / 'theirs')
+  model = unclip_jax.load(tmp_path / 'theirs')
+  prompts = ['a cat', 'a very long caption of nine tokens and more words']
+  images = make_inputs(config, 3)[0]
+  ids = torch.from_numpy(tokenizer.encode(prompts).ids).long()
+  pixels = ((images + 1) / 2 - np.float32(config.pixel_mean)) / np.float32(config.pixel_std)
+  with torch.no_grad():
+    both = twin(input_ids=ids, pixel_values=torch.from_numpy(np.moveaxis(pixels, -1, 1)))
+  with pytest.warns(UserWarning, match='cut off'):
+    z_t = model.encode_text(prompts)
+  for ours, theirs in ((z_t, both.text_embeds), (model.encode_image(images), both.image_embeds)):
+    np.testing.assert_allclose(np.asarray(ours), theirs.numpy(), atol=1e-5)
+  with pytest.raises(UnclipError, match='this model has no decoder'):
+    model.generate('a cat')
+  systems_convert.convert(tmp_path / 'theirs', tmp_path / 'ours', 'unclip')
+  systems_convert.convert(tmp_path / 'ours', tmp_path / 'again', 'transformers')
+  again = transformers.CLIPModel.from_pretrained(tmp_path / 'again')
+  for name, tensor in twin.state_dict().items():
+    assert torch.equal(again.state_dict()[name], tensor), name
+  assert again.config.text_config.eos_token_id == 49407

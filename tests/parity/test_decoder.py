@@ -14,6 +14,7 @@ from unclip_jax.configs import DecoderConfig, DiffusionConfig, SamplingConfig, U
 from unclip_jax.nn.clip import TextFeatures
 from unclip_jax.nn.decoder import DecoderNetwork
 from unclip_jax.stages import decoder
+from unclip_jax.weights import karlo
 
 TOLERANCE = 1e-5
 
@@ -108,6 +109,15 @@ def expected_shapes(config):
   return jax.eval_shape(lambda key: decoder.init(config, key), jax.random.key(0))
 
 
+def models_tensors(models):
+  parts = zip(('text_proj', 'decoder'), models, strict=True)
+  return {f'{part}/{k}': v for part, model in parts for k, v in twins.tensors_of(model).items()}
+
+
+def convert(tensors, config):
+  return twins.convert(tensors, karlo.decoder_rules(config), expected_shapes(config))
+
+
 CONFIGS = {
   'karlo': make_config(
     embed_dim=15,
@@ -139,8 +149,7 @@ CONFIGS = {
 def test_decoder_agrees_with_diffusers(name, batch, size):
   config = CONFIGS[name]
   models = make_twins(config, seed=batch)
-  tensors = twins.tensors_of(*models)
-  params = twins.convert_decoder(tensors, config, expected_shapes(config))
+  params = convert(models_tensors(models), config)
   inputs = make_inputs(config, batch, size)
   worst = twins.worst_deviation(run_ours(config, params, *inputs), run_twins(*models, *inputs))
   print(f'{name} {worst:.1e}')
@@ -152,10 +161,10 @@ def test_decoder_uses_every_tensor_of_diffusers(name):
   config = CONFIGS[name]
   models = make_twins(config, seed=0)
   inputs = make_inputs(config, 3, (8, 8))
+  rules = karlo.decoder_rules(config)
 
   def run(tensors):
-    params = twins.convert_decoder(tensors, config, expected_shapes(config))
-    return run_ours(config, params, *inputs)
+    return run_ours(config, twins.lay_out(tensors, rules, expected_shapes(config)), *inputs)
 
   expected = run_twins(*models, *inputs)
-  twins.check_each_tensor_matters(twins.tensors_of(*models), run, expected, TOLERANCE)
+  twins.check_each_tensor_matters(models_tensors(models), run, expected, TOLERANCE)

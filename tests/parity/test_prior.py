@@ -13,6 +13,7 @@ from unclip_jax.configs import DiffusionConfig, PriorConfig, SamplingConfig
 from unclip_jax.nn.clip import TextFeatures
 from unclip_jax.nn.prior import PriorNetwork
 from unclip_jax.stages import diffusion_prior
+from unclip_jax.weights import diffusers_prior
 
 TOLERANCE = 1e-5
 
@@ -79,8 +80,9 @@ def run_twin(twin, z_i_t, t, text):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def run_ours(config, params, statistics, z_i_t, t, text):
-  network, variables = PriorNetwork(config), {'params': params}
+def run_ours(config, params, z_i_t, t, text):
+  network, variables = PriorNetwork(config), {'params': params['network']}
+  statistics = diffusion_prior.Statistics(**params['statistics'])
   prefix = network.apply(variables, text, method='encode_prefix')
   time_emb = network.apply(variables, t, method='encode_time')
   output = network.apply(variables, z_i_t, time_emb, prefix)
@@ -91,7 +93,13 @@ def run_ours(config, params, statistics, z_i_t, t, text):
 
 @functools.cache
 def expected_shapes(config):
-  return jax.eval_shape(lambda key: diffusion_prior.init(config, key), jax.random.key(0))
+  network = jax.eval_shape(lambda key: diffusion_prior.init(config, key), jax.random.key(0))
+  row = jax.ShapeDtypeStruct((config.embed_dim,), 'float32')
+  return {'network': network, 'statistics': {'mean': row, 'std': row}}
+
+
+def convert(tensors, config):
+  return twins.convert(tensors, diffusers_prior.rules(config), expected_shapes(config))
 
 
 CONFIGS = {
@@ -105,9 +113,9 @@ CONFIGS = {
 def test_cached_prior_agrees_with_uncached_diffusers(name, batch):
   config = CONFIGS[name]
   twin = make_twin(config, seed=batch)
-  params = twins.convert_prior(twins.tensors_of(twin), config, expected_shapes(config))
+  params = convert(twins.tensors_of(twin), config)
   inputs = make_inputs(config, batch)
-  worst = twins.worst_deviation(run_ours(config, *params, *inputs), run_twin(twin, *inputs))
+  worst = twins.worst_deviation(run_ours(config, params, *inputs), run_twin(twin, *inputs))
   print(f'{name} {worst:.1e}')
   assert worst < TOLERANCE
 
@@ -115,11 +123,10 @@ def test_cached_prior_agrees_with_uncached_diffusers(name, batch):
 def test_prior_uses_every_tensor_of_diffusers():
   config = CONFIGS['odd']
   twin = make_twin(config, seed=0)
-  inputs = make_inputs(config, 3)
+  inputs, rules = make_inputs(config, 3), diffusers_prior.rules(config)
 
   def run(tensors):
-    params = twins.convert_prior(tensors, config, expected_shapes(config))
-    return run_ours(config, *params, *inputs)
+    return run_ours(config, twins.lay_out(tensors, rules, expected_shapes(config)), *inputs)
 
   expected = run_twin(twin, *inputs)
   twins.check_each_tensor_matters(twins.tensors_of(twin), run, expected, TOLERANCE)

@@ -12,6 +12,7 @@ import twins
 from unclip_jax.configs import DiffusionConfig, SamplingConfig, UNetConfig, UpsamplerConfig
 from unclip_jax.nn.unet import UNet
 from unclip_jax.stages import upsampler
+from unclip_jax.weights import diffusers_unet
 
 TOLERANCE = 1e-5
 
@@ -71,6 +72,10 @@ def expected_shapes(config):
   return jax.eval_shape(lambda key: upsampler.init(config, key), jax.random.key(0))['unet']
 
 
+def convert(tensors, config):
+  return twins.convert(tensors, diffusers_unet.rules(config.unet, ''), expected_shapes(config))
+
+
 CONFIGS = {
   # Karlo's: additive time.
   'karlo': make_config(
@@ -86,7 +91,7 @@ CONFIGS = {
 def test_unet_agrees_with_diffusers(name, batch, size):
   config = CONFIGS[name]
   twin = make_twin(config, seed=batch)
-  params = twins.convert_upsampler(twins.tensors_of(twin), config, expected_shapes(config))
+  params = convert(twins.tensors_of(twin), config)
   inputs = make_inputs(batch, size)
   worst = twins.worst_deviation(run_ours(config, params, *inputs), run_twin(twin, *inputs))
   print(f'{name} {worst:.1e}')
@@ -98,10 +103,10 @@ def test_unet_uses_every_tensor_of_diffusers(name):
   config = CONFIGS[name]
   twin = make_twin(config, seed=0)
   inputs = make_inputs(3, (8, 8))
+  rules = diffusers_unet.rules(config.unet, '')
 
   def run(tensors):
-    params = twins.convert_upsampler(tensors, config, expected_shapes(config))
-    return run_ours(config, params, *inputs)
+    return run_ours(config, twins.lay_out(tensors, rules, expected_shapes(config)), *inputs)
 
   expected = run_twin(twin, *inputs)
   twins.check_each_tensor_matters(twins.tensors_of(twin), run, expected, TOLERANCE)

@@ -1,9 +1,11 @@
-"""A small byte-level BPE for captions, kept in one tokenizer.json.
+"""Byte-level BPE for captions, kept in one tokenizer.json: small ones of ours, and CLIP's.
 
 Text is lower-cased and brought to NFC, its white space collapsed. Any Unicode text has a
-representation, as the alphabet is the 256 bytes (section 2.2 of the GPT-2 report).
+representation, as the alphabet is the 256 bytes (section 2.2 of the GPT-2 report). Ours ends a
+caption, CLIP's also begins it with a special token; how, and the padding, are part of the file.
 """
 
+import json
 import os
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -13,6 +15,7 @@ import tokenizers
 from etils import epath
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from unclip_jax.data import clip_vocabulary
 from unclip_jax.types import UnclipError
 
 PAD = '<pad>'
@@ -24,8 +27,10 @@ class Tokens(NamedTuple):
   """A batch of tokenised captions.
 
   Attributes:
-    ids: int32 [b, context_length], the end-of-text token after the last, then padding.
-    mask: bool [b, context_length], true up to and including the end-of-text token.
+    ids: int32 [b, context_length], the end-of-text token after the last, then padding. CLIP's
+      begin with a start-of-text token.
+    mask: bool [b, context_length], true up to and including the first end-of-text token, also
+      where the padding is the end-of-text token again.
   """
 
   ids: np.ndarray
@@ -37,20 +42,21 @@ class Tokenizer:
 
   Attributes:
     vocab_size: number of entries, special tokens included.
-    context_length: number of tokens of each caption, end-of-text and padding included.
-    pad_id: id of the padding.
+    context_length: number of tokens of each caption, special tokens and padding included.
+    pad_id: id of the padding. CLIP's may be that of a token, so only the mask tells what is text.
     end_id: id of the end-of-text token.
   """
 
   def __init__(self, bpe: tokenizers.Tokenizer):
-    """Wraps a tokenizer whose file names a context length and both special tokens."""
-    # Words such as '<end>' in a prompt are text, not control.
+    """Wraps a tokenizer that truncates, pads, and puts an end-of-text token."""
+    # Words such as '<end>' in a prompt are text, not control. transformers takes them for control
+    # by default: '<|endoftext|>' ends a prompt there, and '!' is padding where that pads with '!'.
     bpe.encode_special_tokens = True
     self._bpe = bpe
     self.vocab_size: int = bpe.get_vocab_size()
     self.context_length: int = bpe.truncation['max_length']
-    self.pad_id: int = bpe.token_to_id(PAD)
-    self.end_id: int = bpe.token_to_id(END)
+    self.pad_id: int = bpe.padding['pad_id']
+    self.end_id: int = _special_ids(bpe)[-1]
 
   @classmethod
   def train(cls, texts: Iterable[str], vocab_size: int, context_length: int) -> 'Tokenizer':
@@ -95,6 +101,35 @@ class Tokenizer:
     return cls(bpe)
 
   @classmethod
+  def clip(
+    cls, context_length: int = clip_vocabulary.CONTEXT_LENGTH, pad_id: int = 0
+  ) -> 'Tokenizer':
+    """CLIP's tokenizer with OpenAI's vocabulary of 49,408 entries.
+
+    Args:
+      context_length: number of tokens a caption is cut or padded to, at least 3.
+      pad_id: 0 in OpenAI's code and Karlo, 49,407 (end-of-text) in transformers.
+
+    Raises:
+      UnclipError: a number is out of range.
+    """
+    return cls(clip_vocabulary.load_shipped(context_length, pad_id))
+
+  @classmethod
+  def from_transformers(cls, folder: str | os.PathLike[str]) -> 'Tokenizer':
+    """Reads the folder of a CLIPTokenizer that transformers saved.
+
+    It holds tokenizer_config.json beside tokenizer.json, or beside vocab.json and merges.txt. Its
+    padding is kept; its length is 77 where it names none (transformers writes 1e30 for that).
+    What it encodes is what transformers does with `split_special_tokens=True`: '<|endoftext|>' in
+    a prompt is text, and so is '!' where that is the padding.
+
+    Raises:
+      UnclipError: a file is missing or damaged, or holds no tokenizer of CLIP's kind.
+    """
+    return cls(clip_vocabulary.load_transformers(folder))
+
+  @classmethod
   def load(cls, path: str | os.PathLike[str]) -> 'Tokenizer':
     """Reads a tokenizer.json that `save` wrote.
 
@@ -109,9 +144,11 @@ class Tokenizer:
       bpe = tokenizers.Tokenizer.from_str(path.read_text(encoding='utf-8'))
     except Exception as error:
       raise UnclipError(f'tokenizer {path} cannot be read ({error}): fetch it again') from error
-    missing = bpe.truncation is None or None in (bpe.token_to_id(PAD), bpe.token_to_id(END))
-    if missing:
-      raise UnclipError(f'tokenizer {path} lacks a context length, {PAD} or {END}: not one of ours')
+    if not _is_ours(bpe):
+      raise UnclipError(
+        f'tokenizer {path} lacks a context length, padding to it or an end-of-text token: '
+        'not one of ours'
+      )
     return cls(bpe)
 
   def save(self, path: str | os.PathLike[str]) -> None:
@@ -125,8 +162,40 @@ class Tokenizer:
       partial.unlink(missing_ok=True)
       raise UnclipError(f'tokenizer {path} cannot be written: {error.strerror}') from error
 
+  @property
+  def transformers_class(self) -> str:
+    """The class that opens what `save_transformers` writes."""
+    is_clip = clip_vocabulary.is_clip(self._bpe)
+    return 'CLIPTokenizer' if is_clip else 'PreTrainedTokenizerFast'
+
+  def save_transformers(self, folder: str | os.PathLike[str]) -> None:
+    """Writes the files of a tokenizer of transformers into a folder, which is made if missing.
+
+    Raises:
+      UnclipError: they cannot be written.
+    """
+    folder = epath.Path(folder)
+    config = {
+      'tokenizer_class': self.transformers_class,
+      'model_max_length': self.context_length,
+      'pad_token': self._bpe.id_to_token(self.pad_id),
+      'eos_token': self._bpe.id_to_token(self.end_id),
+    }
+    if clip_vocabulary.is_clip(self._bpe):
+      files = clip_vocabulary.transformers_files(self._bpe)
+      config |= {'bos_token': clip_vocabulary.START, 'unk_token': clip_vocabulary.END}
+    else:
+      files = {'tokenizer.json': self._bpe.to_str()}
+    files['tokenizer_config.json'] = json.dumps(config, indent=2)
+    try:
+      folder.mkdir(parents=True, exist_ok=True)
+      for name, text in files.items():
+        (folder / name).write_text(text + '\n', encoding='utf-8')
+    except OSError as error:
+      raise UnclipError(f'tokenizer {folder} cannot be written: {error.strerror}') from error
+
   def encode(self, texts: Sequence[str]) -> Tokens:
-    """Returns the tokens of captions; an empty caption is the end-of-text token alone.
+    """Returns the tokens of captions; of an empty caption these are the special tokens alone.
 
     A caption that is too long keeps its beginning and ends in the end-of-text token; `truncated`
     tells what was cut.
@@ -146,8 +215,14 @@ class Tokenizer:
     return Tokens(ids, mask)
 
   def decode(self, ids: Sequence[int]) -> str:
-    """Returns the normalised text of one caption's ids, without padding and end-of-text."""
-    return self._bpe.decode([int(token) for token in ids]).strip()
+    """Returns the normalised text of one caption's ids, up to the end-of-text token.
+
+    CLIP's pieces come apart: "it's 10!" is decoded as "it 's 1 0 !".
+    """
+    ids = [int(token) for token in ids]
+    # What follows may be padding that is also the id of a word.
+    end = ids.index(self.end_id) if self.end_id in ids else len(ids)
+    return self._bpe.decode(ids[:end]).strip()
 
   def normalise(self, text: str) -> str:
     """Returns the text as the model sees it: lower case, NFC, single spaces."""
@@ -158,8 +233,26 @@ class Tokenizer:
     overflow = self._bpe.encode(_check_text(text)).overflowing
     if not overflow:
       return None
-    start = overflow[0].offsets[0][0]
+    start = overflow[0].offsets[overflow[0].special_tokens_mask.index(0)][0]
     return text[start:].strip()
+
+
+def _special_ids(bpe: tokenizers.Tokenizer) -> list[int]:
+  """What every caption has: end-of-text, and perhaps start-of-text before it."""
+  empty = bpe.encode('')
+  return [token for token, used in zip(empty.ids, empty.attention_mask, strict=True) if used]
+
+
+def _is_ours(bpe: tokenizers.Tokenizer) -> bool:
+  """Whether captions become rows of one length: text with its special tokens, then padding."""
+  if bpe.truncation is None or bpe.padding is None:
+    return False
+  length, num_special = bpe.truncation['max_length'], len(_special_ids(bpe))
+  if not 1 <= num_special <= 2 or length <= num_special:
+    return False
+  empty = bpe.encode('')
+  mask = [1] * num_special + [0] * (length - num_special)
+  return empty.attention_mask == mask and max(empty.ids) < bpe.get_vocab_size()
 
 
 def _check_text(text: str) -> str:

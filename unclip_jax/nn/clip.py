@@ -57,6 +57,7 @@ class TextTower(nn.Module):
       width=config.width,
       depth=config.depth,
       num_heads=config.num_heads,
+      mlp_width=config.mlp_width,
       mlp_activation=config.mlp_activation,
       dtype=self.dtype,
       name='blocks',
@@ -80,13 +81,15 @@ class ClipNetwork(nn.Module):
         width=vision.width,
         depth=vision.depth,
         num_heads=vision.num_heads,
+        mlp_width=vision.mlp_width,
         mlp_activation=vision.mlp_activation,
         dtype=self.dtype,
       )
-    else:
+    elif vision is not None:
       self.vision = ConvTower(vision.widths, vision.depth, dtype=self.dtype)
     self.text_projection = nn.Dense(config.embed_dim, use_bias=False, dtype=self.dtype)
-    self.image_projection = nn.Dense(config.embed_dim, use_bias=False, dtype=self.dtype)
+    if vision is not None:
+      self.image_projection = nn.Dense(config.embed_dim, use_bias=False, dtype=self.dtype)
     # CLIP starts at a temperature of 0.07 (section 2.5).
     self.log_scale = self.param('log_scale', nn.initializers.constant(math.log(1 / 0.07)), ())
 

@@ -61,6 +61,7 @@ class TextEncoder(nn.Module):
       width=config.width,
       depth=config.depth,
       num_heads=config.num_heads,
+      mlp_width=config.mlp_width,
       mlp_activation=config.mlp_activation,
       dtype=self.dtype,
       name='blocks',

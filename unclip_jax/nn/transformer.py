@@ -53,7 +53,7 @@ class Transformer(nn.Module):
   depth: int
   num_heads: int
   head_dim: int | None = None
-  mlp_ratio: float = 4.0
+  mlp_width: int | None = None  # 4 * width
   mlp_activation: str = 'gelu'
   dtype: Any = jnp.float32
 
@@ -85,7 +85,7 @@ class Transformer(nn.Module):
         width=self.width,
         num_heads=self.num_heads,
         head_dim=head_dim,
-        mlp_width=int(self.width * self.mlp_ratio),
+        mlp_width=4 * self.width if self.mlp_width is None else self.mlp_width,
         mlp_activation=self.mlp_activation,
         dtype=self.dtype,
         name=f'block_{i}',

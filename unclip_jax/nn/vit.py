@@ -17,7 +17,7 @@ class VisionTransformer(nn.Module):
   width: int
   depth: int
   num_heads: int
-  mlp_ratio: float = 4.0
+  mlp_width: int | None = None  # 4 * width
   mlp_activation: str = 'gelu'
   dtype: Any = jnp.float32
 
@@ -46,7 +46,7 @@ class VisionTransformer(nn.Module):
       width=self.width,
       depth=self.depth,
       num_heads=self.num_heads,
-      mlp_ratio=self.mlp_ratio,
+      mlp_width=self.mlp_width,
       mlp_activation=self.mlp_activation,
       dtype=self.dtype,
       name='blocks',

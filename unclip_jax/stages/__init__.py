@@ -1,5 +1,12 @@
 """The stages: each binds one network to the maths (init, loss, sample), as pure functions."""
 
-from unclip_jax.stages import clip, common, decoder, diffusion_prior, upsampler
+from unclip_jax.stages import (
+  autoencoder,
+  clip,
+  common,
+  decoder,
+  diffusion_prior,
+  upsampler,
+)
 
-__all__ = ['clip', 'common', 'decoder', 'diffusion_prior', 'upsampler']
+__all__ = ['autoencoder', 'clip', 'common', 'decoder', 'diffusion_prior', 'upsampler']

@@ -90,14 +90,31 @@ def encode_text(
 
 @functools.partial(jax.jit, static_argnames=('config', 'dtype'))
 def encode_image(params: Params, image_bhwc: Array, *, config: ClipConfig, dtype: Any) -> Array:
-  """z_i float32 [b, d] of images [b, h, w, 3], uint8 or float in [-1, 1], resized if need be."""
+  """z_i float32 [b, d] of images [b, h, w, 3] of any size, uint8 or float in [-1, 1]."""
+  with _precision(dtype):
+    return clip.encode_image(config, params, prepare(image_bhwc, config.vision.image_size), dtype)
+
+
+def prepare(image_bhwc: Array, size: int) -> Array:
+  """Images as CLIP was trained on them: the shorter side is resized, the middle is cut out.
+
+  Args:
+    image_bhwc: [b, h, w, c], uint8 or float in [-1, 1].
+    size: pixels a side.
+
+  Returns:
+    float [b, size, size, c] in [-1, 1].
+  """
   if image_bhwc.dtype == jnp.uint8:
     image_bhwc = image_bhwc.astype(jnp.float32) / 127.5 - 1
-  shape = (image_bhwc.shape[0], config.vision.image_size, config.vision.image_size, 3)
-  if image_bhwc.shape != shape:
-    image_bhwc = jax.image.resize(image_bhwc, shape, 'cubic', antialias=True)
-  with _precision(dtype):
-    return clip.encode_image(config, params, jnp.clip(image_bhwc, -1, 1), dtype)
+  b, height, width, c = image_bhwc.shape
+  if (height, width) != (size, size):
+    # The longer side is rounded down, and so is half of what is cut off, as by OpenAI's code.
+    height, width = (size * side // min(image_bhwc.shape[1:3]) for side in (height, width))
+    image_bhwc = jax.image.resize(image_bhwc, (b, height, width, c), 'cubic', antialias=True)
+    top, left = (height - size) // 2, (width - size) // 2
+    image_bhwc = image_bhwc[:, top : top + size, left : left + size]
+  return jnp.clip(image_bhwc, -1, 1)
 
 
 @functools.partial(

@@ -221,7 +221,8 @@ def check_dtype(dtype: Any) -> np.dtype:
 
 def sizes(config: UnclipConfig) -> tuple[int, ...]:
   """The sizes that a model can stop at, in pixels, the decoder's first."""
-  return (config.decoder.image_size, *(up.image_size for up in config.upsamplers))
+  stages = [config.decoder, *config.upsamplers] if config.decoder is not None else []
+  return tuple(stage.image_size for stage in stages)
 
 
 def num_upsamplers(config: UnclipConfig, size: int | None) -> int:

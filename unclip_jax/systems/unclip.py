@@ -56,7 +56,7 @@ class Unclip:
   vocabulary: Vocabulary | None = None
 
   def __repr__(self) -> str:
-    made = ' or '.join(map(str, settings.sizes(self.config)))
+    made = ' or '.join(map(str, settings.sizes(self.config))) or 'no'
     return f'Unclip({", ".join(self.params)}; {made} px, {jnp.dtype(self.dtype).name})'
 
   def generate(
@@ -153,15 +153,21 @@ class Unclip:
     settings.check_callable('progress', progress)
     settings.check_callable('on_batch', on_batch)
     config, n = self.config, len(captions) * num_images
+    if config.decoder is None or (config.prior is None and z_i is None):
+      self._params_of('decoder' if config.decoder is None else 'prior')
     num_ups = settings.num_upsamplers(config, size)
     if not isinstance(upsampler, Sampling):
       raise UnclipError(f'upsampler: give a Sampling, not {type(upsampler).__name__}')
     if upsampler.guidance_scale is not None:
       raise UnclipError('upsampler: it is not guided; give the guidance scale to the decoder')
     if num_candidates is None:
-      num_candidates = config.prior.num_candidates
+      num_candidates = 1 if config.prior is None else config.prior.num_candidates
     settings.check_count('the number of candidates', num_candidates)
-    prior_settings = settings.resolve('prior', config.prior.diffusion, config.prior.sampling, prior)
+    prior_settings = None
+    if config.prior is not None:
+      prior_settings = settings.resolve(
+        'prior', config.prior.diffusion, config.prior.sampling, prior
+      )
     decoder_settings = settings.resolve(
       'decoder', config.decoder.diffusion, config.decoder.sampling, decoder
     )
@@ -224,9 +230,10 @@ class Unclip:
       raise UnclipError(f'images must be uint8, or float in [-1, 1], not {images.dtype}')
     if images.dtype != np.uint8 and not abs(images).max() <= _MOST_OF_A_FLOAT:
       raise UnclipError('images of floats must be in [-1, 1], without a NaN; 0 to 255 is for uint8')
-    return programs.encode_image(
-      self._params_of('clip'), images, config=self.config.clip, dtype=self.dtype
-    )
+    params = self._params_of('clip')
+    if self.config.clip.vision is None:
+      raise UnclipError('this model came without the image tower of its CLIP: it sees no images')
+    return programs.encode_image(params, images, config=self.config.clip, dtype=self.dtype)
 
   def _run(
     self,
@@ -283,7 +290,7 @@ class Unclip:
       raise UnclipError('start_noise must be a StartNoise, with a tuple for the upsamplers')
     ups = (*noise.upsamplers, *[None] * num_upsamplers)[:num_upsamplers]
     return StartNoise(
-      _given('start_noise.prior', noise.prior, n, (num_candidates, config.prior.embed_dim)),
+      _given('start_noise.prior', noise.prior, n, (num_candidates, config.clip.embed_dim)),
       _given('start_noise.decoder', noise.decoder, n, pipeline.image_shape(config.decoder)),
       tuple(
         _given(f'start_noise.upsamplers[{i}]', x, n, pipeline.image_shape(config.upsamplers[i]))

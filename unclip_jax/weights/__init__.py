@@ -1,5 +1,8 @@
 """Files: weights (`safetensors`), model folders (`folder`), training checkpoints (`checkpoint`).
 
+Those of other programs: their tensors (`tensor_files`), and the tables that carry them into our
+parameters and back (`rules`; `karlo` and others, a file a family).
+
 Modules are imported when they are first used: Orbax, which checkpoints need, takes seconds.
 """
 

@@ -86,7 +86,7 @@ def write_model(
   text = json.dumps(manifest, indent=2, allow_nan=False) + '\n'
   words = json.dumps(vocabulary, indent=1, ensure_ascii=False, allow_nan=False) + '\n'
   for name in manifest['stages'].values():
-    _inside(folder, name)
+    inside(folder, name)
   if not tokenizer_file.exists():
     raise UnclipError(f'there is no tokenizer {tokenizer_file}: check the path')
   for name, stage_params in params.items():
@@ -129,9 +129,9 @@ def read_manifest(folder: os.PathLike[str] | str) -> Manifest:
     raise UnclipError(f'{path} {what}: correct it or download it again')
   if not isinstance(fields['config'], dict) or not isinstance(fields['stages'], dict):
     raise UnclipError(f'{path}: config and stages must be JSON objects: download it again')
-  stages = {name: _inside(folder, file) for name, file in fields['stages'].items()}
-  tokenizer = _inside(folder, fields['tokenizer'])
-  vocabulary = _inside(folder, fields['vocabulary']) if 'vocabulary' in fields else None
+  stages = {name: inside(folder, file) for name, file in fields['stages'].items()}
+  tokenizer = inside(folder, fields['tokenizer'])
+  vocabulary = inside(folder, fields['vocabulary']) if 'vocabulary' in fields else None
   for file in (*stages.values(), tokenizer, *([vocabulary] if vocabulary else [])):
     if not file.exists():
       raise UnclipError(f'{path} names {file.name}, which is not there: download it again')
@@ -167,10 +167,18 @@ def _check_version(path: epath.Path, version: object) -> None:
     )
 
 
-def _inside(folder: epath.Path, name: object) -> epath.Path:
+def inside(folder: epath.Path, name: object, listing: str = MANIFEST_NAME) -> epath.Path:
   """Refuses names that lead out of the folder: a downloaded model must not read other files.
 
   Links are not followed: a hub's cache keeps the files elsewhere and links to them.
+
+  Args:
+    folder: that of the model.
+    name: what should be the name of a file in it.
+    listing: the file of the folder that gives the name, for the message.
+
+  Raises:
+    UnclipError: it is none, or leads out of the folder.
   """
   outside = (
     not isinstance(name, str)
@@ -182,7 +190,7 @@ def _inside(folder: epath.Path, name: object) -> epath.Path:
   )
   if outside:
     raise UnclipError(
-      f'{folder / MANIFEST_NAME} names the file {name!r}: only files inside of the folder are read'
+      f'{folder / listing} names the file {name!r}: only files inside of the folder are read'
     )
   return folder / name
 

@@ -120,7 +120,7 @@ def split_inputs(first: int) -> Layout:
 @functools.cache
 def constant(value: float) -> Layout:
   """A number of ours that they do not have."""
-  return Layout(lambda theirs: (jnp.float32(value),), lambda ours: ())
+  return Layout(lambda theirs: (np.float32(value),), lambda ours: ())
 
 
 def _namespace(arrays: Any) -> Any:

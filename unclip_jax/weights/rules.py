@@ -5,7 +5,7 @@ them. Reading and writing follow the same list, so that they cannot come apart.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -18,6 +18,7 @@ from unclip_jax.weights.layouts import Arrays, Layout
 from unclip_jax.weights.safetensors import named_leaves
 
 _NAMES_SHOWN = 3
+_LARGE = 2**21  # bytes
 
 
 class Rule(NamedTuple):
@@ -116,21 +117,20 @@ def read_params(
   for rule in rules:
     _check_shapes(tensors, rule, wanted, where)
   made: dict[str, Array] = {}
-  finite: dict[str, Array] = {}
   for rule in rules:
     leaves = [wanted[name] for name in rule.ours]
     sources = tuple(tensors.read(name) for name in rule.theirs)
-    arrays, is_finite = _lay_out(
-      sources, layout=rule.layout, dtypes=tuple(np.dtype(leaf.dtype) for leaf in leaves)
-    )
+    dtypes = tuple(np.dtype(leaf.dtype) for leaf in leaves)
+    # Small ones are laid out on the host: a program for their shapes would take longer to compile.
+    is_large = sum(source.nbytes for source in sources) >= _LARGE
+    lay_out = _lay_out_on_device if is_large else _lay_out
+    arrays, is_finite = lay_out(sources, rule.layout, dtypes)
     for name, leaf, array in zip(rule.ours, leaves, arrays, strict=True):
-      sharding = getattr(leaf, 'sharding', None)
-      made[name] = array if sharding is None else jax.device_put(array, sharding)
-    # The host's copy of a tensor is free again before the next one is read.
-    finite[' and '.join(rule.theirs)] = jax.block_until_ready(is_finite)
-  for name, is_finite in finite.items():
-    if not is_finite:
-      raise UnclipError(f'{where}: {name} holds a NaN or an infinity: download it again')
+      made[name] = jax.device_put(array, getattr(leaf, 'sharding', None))
+    if not is_finite:  # waits: the host's copy is free again before the next one is read
+      raise UnclipError(
+        f'{where}: {" or ".join(rule.theirs)} holds a NaN or an infinity: download it again'
+      )
   if missing := sorted(wanted.keys() - made.keys()):
     raise ValueError(f'no rule makes {", ".join(missing)}')
   return jax.tree.unflatten(jax.tree.structure(expected), [made[name] for name in wanted])
@@ -147,14 +147,20 @@ def write_tensors(params: Params, rules: Iterable[Rule]) -> dict[str, np.ndarray
   return tensors
 
 
-@partial(jax.jit, static_argnames=('layout', 'dtypes'))
-def _lay_out(
-  theirs: Arrays, *, layout: Layout, dtypes: tuple[np.dtype, ...]
+def _lay_out(theirs: Arrays, layout: Layout, dtypes: tuple[np.dtype, ...]) -> tuple[Arrays, bool]:
+  """Arrays of ours, and whether all numbers are finite."""
+  ours = zip(layout.read(theirs), dtypes, strict=True)
+  arrays = tuple(np.array(x, dtype, order='C') for x, dtype in ours)
+  return arrays, all(np.isfinite(x).all() for x in theirs)
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _lay_out_on_device(
+  theirs: Arrays, layout: Layout, dtypes: tuple[np.dtype, ...]
 ) -> tuple[Arrays, Array]:
-  """Arrays of ours, and whether all their numbers are finite."""
-  ours = tuple(x.astype(dtype) for x, dtype in zip(layout.read(theirs), dtypes, strict=True))
-  finite = [jnp.isfinite(x).all() for x in theirs]
-  return ours, jnp.stack(finite).all() if finite else jnp.array(True)
+  ours = zip(layout.read(theirs), dtypes, strict=True)
+  finite = jnp.stack([jnp.isfinite(x).all() for x in theirs]).all()
+  return tuple(x.astype(dtype) for x, dtype in ours), finite
 
 
 def _check_names(
@@ -171,19 +177,27 @@ def _check_names(
 
 
 def _check_shapes(tensors: Tensors, rule: Rule, wanted: Mapping[str, Any], where: str) -> None:
-  theirs = tuple(jax.ShapeDtypeStruct(tensors.shape(name), jnp.float32) for name in rule.theirs)
-  try:
-    shapes = [x.shape for x in jax.eval_shape(rule.layout.read, theirs)]
-  except (TypeError, ValueError):
-    shapes = []
-  if shapes != [tuple(wanted[name].shape) for name in rule.ours]:
+  theirs = tuple(tuple(tensors.shape(name)) for name in rule.theirs)
+  if _shapes_made(rule.layout, theirs) != tuple(tuple(wanted[name].shape) for name in rule.ours):
     given = ' and '.join(
-      f'{name} of shape {list(x.shape)}' for name, x in zip(rule.theirs, theirs, strict=True)
+      f'{name} of shape {list(shape)}' for name, shape in zip(rule.theirs, theirs, strict=True)
     )
     ours = ' and '.join(f'{name} of shape {list(wanted[name].shape)}' for name in rule.ours)
     raise UnclipError(
       f'{where}: {given} cannot become our {ours}: its config is that of another model'
     )
+
+
+@cache
+def _shapes_made(
+  layout: Layout, theirs: tuple[tuple[int, ...], ...]
+) -> tuple[tuple[int, ...], ...] | None:
+  """The shapes of ours that a layout makes of theirs, None where it cannot."""
+  arrays = tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in theirs)
+  try:
+    return tuple(x.shape for x in jax.eval_shape(layout.read, arrays))
+  except (TypeError, ValueError):
+    return None
 
 
 def _list(names: Sequence[str]) -> str:

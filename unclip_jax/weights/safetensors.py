@@ -7,7 +7,7 @@ know what to expect, so that a file of another architecture is an error and neve
 import contextlib
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,7 +23,12 @@ from unclip_jax.types import Array, Params, UnclipError
 _NAMES_SHOWN = 3
 
 
-def save_params(path: os.PathLike[str] | str, params: Params, dtype: Any = None) -> None:
+def save_params(
+  path: os.PathLike[str] | str,
+  params: Params,
+  dtype: Any = None,
+  metadata: Mapping[str, str] | None = None,
+) -> None:
   """Writes parameters to a safetensors file, whole or not at all.
 
   Args:
@@ -31,6 +36,7 @@ def save_params(path: os.PathLike[str] | str, params: Params, dtype: Any = None)
     params: nested dicts of arrays.
     dtype: what floating arrays of two or more axes are cast to, bfloat16 for instance; None keeps
       theirs. Biases, norms and statistics, vectors, always do: they are small and delicate.
+    metadata: words for the header of the file.
 
   Raises:
     UnclipError: an array holds a NaN or an infinity, or the file cannot be written.
@@ -48,7 +54,8 @@ def save_params(path: os.PathLike[str] | str, params: Params, dtype: Any = None)
         'an earlier checkpoint'
       )
     tensors[name] = array
-  write_atomically(path, lambda part: safetensors_numpy.save_file(tensors, part))
+  header = None if metadata is None else dict(metadata)
+  write_atomically(path, lambda part: safetensors_numpy.save_file(tensors, part, header))
 
 
 def load_params(path: os.PathLike[str] | str, expected: Params, dtype: Any = None) -> Params:

@@ -1,0 +1,177 @@
+"""What a folder of weights is: our own format, a pipeline of diffusers, a CLIP of transformers.
+
+The config is read from the folder's files, whatever the model is called and however large it is.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from unclip_jax.configs import UnclipConfig, from_json
+from unclip_jax.data.tokenizer import Tokenizer
+from unclip_jax.data.vocabulary import Vocabulary
+from unclip_jax.systems.checks import check_config
+from unclip_jax.types import Params, UnclipError
+from unclip_jax.weights import karlo, transformers_clip
+from unclip_jax.weights.folder import MANIFEST_NAME, read_manifest
+from unclip_jax.weights.foreign_config import read_json
+from unclip_jax.weights.foreign_folder import (
+  CONFIG_NAME,
+  INDEX_NAME,
+  find_weights,
+  open_components,
+  read_components,
+)
+from unclip_jax.weights.rules import read_params
+from unclip_jax.weights.safetensors import load_params
+from unclip_jax.weights.tensor_files import open_tensors
+
+TOKENIZER_FOLDER = 'tokenizer'
+
+
+class Stage(NamedTuple):
+  """Where the parameters of a stage come from.
+
+  Attributes:
+    read: given the parameters expected (`jax.ShapeDtypeStruct`s), reads them.
+    paths: of the files, for their sizes.
+  """
+
+  read: Callable[[Params], Params]
+  paths: tuple[epath.Path, ...]
+
+
+class Model(NamedTuple):
+  """A model folder, opened as far as its configs; no weights are read yet.
+
+  Attributes:
+    folder: of the model.
+    path: of the file that says what it is.
+    written_by: the program that wrote it.
+    config: of the stages.
+    tokenizer: of the captions.
+    vocabulary: of the captions, None where the folder says nothing of it.
+    stages: those that are there, by their names.
+  """
+
+  folder: epath.Path
+  path: epath.Path
+  written_by: str
+  config: UnclipConfig
+  tokenizer: Tokenizer
+  vocabulary: Vocabulary | None
+  stages: Mapping[str, Stage]
+
+
+def open_model(folder: epath.Path) -> Model:
+  """Opens a folder of any known format.
+
+  Raises:
+    UnclipError: it is none, or its files are not valid; names the file and the remedy.
+  """
+  if not folder.exists():
+    raise UnclipError(f'there is no model folder {folder}: check the path')
+  if (folder / MANIFEST_NAME).exists():
+    return _open_ours(folder)
+  if (folder / INDEX_NAME).exists():
+    return _open_pipeline(folder)
+  if (folder / CONFIG_NAME).exists():
+    return _open_clip(folder)
+  raise UnclipError(
+    f'{folder} is not a model: it has no {MANIFEST_NAME}, {INDEX_NAME} or {CONFIG_NAME}; give the '
+    'folder that does'
+  )
+
+
+def read_vocabulary(folder: epath.Path) -> Vocabulary | None:
+  """The words that a model folder of ours says it was trained on, None where it says nothing.
+
+  Raises:
+    UnclipError: the folder is no model, or its vocabulary is not valid.
+  """
+  path = read_manifest(folder).vocabulary
+  return None if path is None else Vocabulary.load(path)
+
+
+def _open_ours(folder: epath.Path) -> Model:
+  manifest, path = read_manifest(folder), folder / MANIFEST_NAME
+  config = from_json(UnclipConfig, manifest.config, f'{path}: config')
+  tokenizer = Tokenizer.load(manifest.tokenizer)
+  stages = {
+    name: Stage(functools.partial(load_params, file), (file,))
+    for name, file in manifest.stages.items()
+  }
+  vocabulary = read_vocabulary(folder)
+  return _checked(Model(folder, path, manifest.written_by, config, tokenizer, vocabulary, stages))
+
+
+def _open_pipeline(folder: epath.Path) -> Model:
+  path = folder / INDEX_NAME
+  name, _ = read_components(folder)
+  families = {karlo.TEXT_TO_IMAGE: karlo, karlo.VARIATION: karlo}
+  if name not in families:
+    raise UnclipError(f'{path}: _class_name is {name!r}: only {", ".join(families)} can be opened')
+  family = families[name]
+  config = family.read_config(folder)
+
+  def stage(components: tuple[str, ...], rules: list[Any]) -> Stage:
+    def read(expected: Params) -> Params:
+      with open_components(folder, components) as tensors:
+        return read_params(tensors, rules, expected, str(folder), family.IGNORED)
+
+    return Stage(read, tuple(find_weights(folder / component) for component in components))
+
+  stages = {
+    name: stage(components, rules) for name, (components, rules) in family.rules(config).items()
+  }
+  tokenizer = Tokenizer.from_transformers(folder / TOKENIZER_FOLDER)
+  return _checked(Model(folder, path, f'diffusers ({name})', config, tokenizer, None, stages))
+
+
+def _open_clip(folder: epath.Path) -> Model:
+  path = folder / CONFIG_NAME
+  values = read_json(path)
+  if (kind := values.get('model_type')) != 'clip':
+    raise UnclipError(f'{path}: model_type is {kind!r}: only clip can be opened')
+  clip = transformers_clip.read_model_config(folder)
+  weights = find_weights(folder)
+
+  def read(expected: Params) -> Params:
+    with open_tensors(weights) as tensors:
+      rules = transformers_clip.rules(clip)
+      return read_params(tensors, rules, expected, str(weights), transformers_clip.IGNORED)
+
+  config = UnclipConfig(clip=clip, prior=None, decoder=None)
+  tokenizer = Tokenizer.from_transformers(folder)
+  model = Model(
+    folder,
+    path,
+    'transformers (CLIPModel)',
+    config,
+    tokenizer,
+    None,
+    {'clip': Stage(read, (weights,))},
+  )
+  return _checked(model)
+
+
+def _checked(model: Model) -> Model:
+  """The model, whose config can be built and whose tokenizer fits it.
+
+  Raises:
+    UnclipError: not so.
+  """
+  try:
+    check_config(model.config)
+  except UnclipError as error:
+    raise UnclipError(f'{model.path}: {error}') from error
+  text, tokenizer = model.config.clip.text, model.tokenizer
+  if tokenizer.vocab_size > text.vocab_size or tokenizer.context_length != text.context_length:
+    raise UnclipError(
+      f'the tokenizer of {model.folder} has {tokenizer.vocab_size} entries and reads '
+      f'{tokenizer.context_length} tokens, the model {text.vocab_size} and {text.context_length}: '
+      'take the tokenizer of that model'
+    )
+  return model
