@@ -16,7 +16,7 @@ from tiny_model import TEXTS, write_tiny_model
 import unclip_jax
 from unclip_jax.cli import main
 from unclip_jax.display import StageDisplay
-from unclip_jax.images import make_grid, read_text, save_png, slugs
+from unclip_jax.images import make_grid, read_picture, read_text, save_png, slugs
 from unclip_jax.systems.pipeline import Progress
 
 ROOT = Path(__file__).parent.parent
@@ -220,3 +220,75 @@ def test_a_grid_with_an_unfinished_row_and_text_beyond_latin(tmp_path):
   assert (grid[10:12, 11:14] == 255).all()
   save_png(tmp_path / 'a.png', grid, {'prompt': 'りんご 🍎', 'note': 'plain'})
   assert read_text(tmp_path / 'a.png') == {'prompt': 'りんご 🍎', 'note': 'plain'}
+
+
+def test_variations_of_a_picture(model, tmp_path, capsys):
+  picture = np.zeros((20, 30, 4), np.uint8)
+  picture[:, :15] = [200, 30, 30, 255]
+  Image.fromarray(picture).save(tmp_path / 'red.png')
+  out = tmp_path / 'out'
+  assert generate(model, out, '--image', tmp_path / 'red.png', '-n', 2) == 0
+  assert {path.name for path in out.iterdir()} == {'red-00.png', 'red-01.png', 'grid.png'}
+  assert 'prior' not in capsys.readouterr().err
+  assert (pixels(out / 'red-00.png') != pixels(out / 'red-01.png')).any()
+  about = json.loads(read_text(out / 'red-00.png')['settings'])
+  assert about['image'] == str(tmp_path / 'red.png') and 'prior' not in about
+  assert generate(model, out, 'a cat', '--image', tmp_path / 'red.png', '--offload') == 0
+  expected = unclip_jax.load(model)
+  z_i = expected.encode_image(read_picture(tmp_path / 'red.png')[None])
+  samples = expected.sample('a cat', z_i=z_i)
+  np.testing.assert_array_equal(pixels(out / 'a-cat-red-00.png'), samples.images[0])
+
+
+@pytest.mark.parametrize('mode', ['RGB', 'RGBA', 'LA', 'L', 'P', '1', 'CMYK', 'I;16', 'F'])
+def test_a_picture_of_any_mode_is_read(mode, tmp_path):
+  levels = np.arange(0, 240, 40, dtype=np.uint8).reshape(2, 3)
+  path = tmp_path / ('picture.tif' if mode in ('CMYK', 'F') else 'picture.png')
+  grey = Image.fromarray(levels)
+  match mode:
+    case 'I;16':
+      picture = Image.fromarray(levels.astype(np.uint16) * 257)
+    case 'F':
+      picture = Image.fromarray(levels.astype(np.float32))
+    case 'RGBA' | 'LA':
+      picture = grey.convert(mode)
+      picture.putalpha(Image.fromarray(np.uint8([[255, 255, 255], [255, 255, 0]])))
+      levels[1, 2] = 255  # what shows through is white
+    case _:
+      picture = grey.convert(mode)
+  exif = Image.Exif()
+  exif[0x0112] = 6  # turned a quarter
+  picture.save(path, **({'exif': exif} if mode == 'RGB' else {}))
+  read = read_picture(path)
+  assert read.dtype == np.uint8 and read.shape[2] == 3
+  if mode == 'RGB':
+    np.testing.assert_array_equal(read[..., 0], np.rot90(levels, -1))
+  elif mode != '1':
+    assert np.abs(read.astype(int) - levels[..., None]).max() <= 1
+
+
+def test_what_is_no_picture_is_named(model, tmp_path, capsys):
+  (tmp_path / 'text.png').write_text('no picture')
+  for name, words in (('none.png', 'there is no picture'), ('text.png', 'is not a picture')):
+    assert generate(model, tmp_path / 'out', '--image', tmp_path / name) == 1
+    assert words in capsys.readouterr().err
+  assert generate(model, tmp_path / 'out') == 2
+  assert 'give a PROMPT' in capsys.readouterr().err
+  assert not (tmp_path / 'out').exists()
+
+
+def test_a_model_is_converted_and_opens_again(model, tmp_path, capsys):
+  assert run('convert', model, tmp_path / 'half', '--dtype', 'bfloat16') == 0
+  assert capsys.readouterr().out.split() == [str(tmp_path / 'half')]
+  ours, theirs = unclip_jax.load(model), unclip_jax.load(tmp_path / 'half')
+  assert theirs.config == ours.config
+  for one, other in zip(*map(jax.tree.leaves, (ours.params, theirs.params)), strict=True):
+    np.testing.assert_allclose(np.asarray(other), np.asarray(one), rtol=1e-2, atol=1e-6)
+  for args, words in (
+    (('--to', 'onnx'), "there is no format 'onnx'"),
+    (('--dtype', 'int8'), "there is no dtype 'int8'"),
+    (('--to', 'diffusers'), 'cannot be written as UnCLIPPipeline of diffusers: decoder.text'),
+  ):
+    assert run('convert', model, tmp_path / 'new', *args) == 1
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / 'new').exists()

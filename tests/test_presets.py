@@ -15,7 +15,7 @@ from unclip_jax.configs import (
   override,
   to_json,
 )
-from unclip_jax.presets import PAPER, PRESETS, TINY, preset
+from unclip_jax.presets import KARLO, PAPER, PRESETS, TINY, preset
 from unclip_jax.stages import clip, decoder, diffusion_prior, upsampler
 from unclip_jax.systems.checks import check_config
 from unclip_jax.types import UnclipError
@@ -66,6 +66,18 @@ def test_upsamplers_with_additive_time_have_692_and_267_million_parameters():
     assert within(count(shapes_of(upsampler, dataclasses.replace(config, unet=unet))), expected)
 
 
+def test_stages_of_karlo_have_the_parameters_that_are_published():
+  assert within(count(shapes_of(diffusion_prior, KARLO.prior)), 1022e6, share=1e-4)
+  params = shapes_of(decoder, KARLO.decoder)
+  assert within(count(params['unet']), 885e6, share=1e-3)
+  nets = shapes_of(upsampler, KARLO.upsamplers[0])
+  assert {name: round(count(net) / 1e6) for name, net in nets.items()} == {
+    'unet': 692,
+    'final_unet': 692,
+  }
+  assert count(shapes_of(clip, KARLO.clip)) == 427_616_513  # OpenAI's ViT-L/14
+
+
 def test_clip_of_the_paper_is_a_vit_h_16_and_a_text_transformer_of_24_blocks():
   params = shapes_of(clip, PAPER.clip)
   assert count(params['vision']['blocks']) == transformer_size(1280, 32)
@@ -81,8 +93,11 @@ def test_stages_of_a_preset_fit_each_other(name):
   assert config.prior.embed_dim == config.decoder.embed_dim == config.clip.embed_dim
   assert config.prior.text_width == config.clip.text.width
   assert config.prior.context_length == config.clip.text.context_length
-  assert config.decoder.text.vocab_size == config.clip.text.vocab_size
-  assert config.decoder.text.context_length == config.clip.text.context_length
+  if config.decoder.text is None:
+    assert config.decoder.clip_text_width == config.clip.text.width
+  else:
+    assert config.decoder.text.vocab_size == config.clip.text.vocab_size
+    assert config.decoder.text.context_length == config.clip.text.context_length
   size = config.decoder.image_size
   for stage in config.upsamplers:
     assert stage.low_size == size
@@ -106,7 +121,7 @@ def test_both_kinds_of_image_tower_are_told_apart():
 
 
 def test_unknown_preset_names_those_that_exist():
-  with pytest.raises(UnclipError, match=r"'huge'.*tiny, emoji_small, emoji, paper"):
+  with pytest.raises(UnclipError, match=r"'huge'.*tiny, emoji_small, emoji, paper, karlo"):
     preset('huge')
 
 

@@ -49,11 +49,31 @@ class ConvTowerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ResNetConfig:
+  """The ResNet of CLIP, which projects into the space of embeddings itself."""
+
+  image_size: int
+  width: int  # of the bottlenecks of the first level; each level has twice that of the last
+  depths: tuple[int, ...]  # bottlenecks, for each level; public models have four levels
+  num_heads: int  # of the attention that pools the last grid
+
+  @property
+  def factor(self) -> int:
+    """Pixels a side that one of the last grid stands for."""
+    return 2 ** (len(self.depths) + 1)
+
+  @property
+  def pooled_width(self) -> int:
+    """Channels of the last grid."""
+    return 2 ** (len(self.depths) + 1) * self.width
+
+
+@dataclasses.dataclass(frozen=True)
 class ClipConfig:
   """CLIP: two towers into one space."""
 
   text: TextConfig
-  vision: ViTConfig | ConvTowerConfig | None  # None: a text-to-image model came without it
+  vision: ViTConfig | ConvTowerConfig | ResNetConfig | None  # None: the model came without it
   embed_dim: int
   unit_norm: bool = True  # Karlo and Kandinsky use the projections as they are
   pixel_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -198,6 +218,23 @@ class LatentUNetConfig:
   def emb_dim(self) -> int:
     """Width of the timestep embedding."""
     return 4 * self.channels
+
+
+@dataclasses.dataclass(frozen=True)
+class XlmRobertaConfig:
+  """The multilingual text encoder of Kandinsky 2.1's decoder."""
+
+  vocab_size: int
+  context_length: int
+  width: int
+  depth: int
+  num_heads: int
+  mlp_width: int
+  num_positions: int  # the first pad_id + 1 are of no token
+  pad_id: int
+  embed_dim: int  # of the projected mean of the states
+  num_token_types: int = 1  # captions are of the first
+  epsilon: float = 1e-5  # of the norms
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,7 @@ import os
 import re
 import tempfile
 import unicodedata
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -12,7 +13,7 @@ from typing import Self
 
 import numpy as np
 from etils import epath
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
 from unclip_jax.types import UnclipError
 from unclip_jax.weights.safetensors import reach, write_atomically
@@ -57,6 +58,37 @@ def read_text(path: os.PathLike[str] | str) -> dict[str, str]:
   with Image.open(path) as picture:
     picture.load()
     return {name: str(value) for name, value in picture.text.items()}
+
+
+def read_picture(path: os.PathLike[str] | str) -> np.ndarray:
+  """A picture of any mode as uint8 [h, w, 3]: turned as its EXIF says, transparency on white.
+
+  Raises:
+    UnclipError: the file is missing, is no picture, or is larger than Pillow takes for safe.
+  """
+  path = reach(path)
+  try:
+    with warnings.catch_warnings():
+      warnings.simplefilter('error', Image.DecompressionBombWarning)
+      with path.open('rb') as file, Image.open(file) as picture:
+        picture = ImageOps.exif_transpose(picture)
+        if picture.mode.startswith(('I', 'F')):  # 16 bits or more a pixel
+          levels = np.asarray(picture, np.float64)
+          largest = 65535 if levels.max() > 255 else 255
+          picture = Image.fromarray(np.uint8(np.clip(levels / largest, 0, 1) * 255 + 0.5))
+        if picture.has_transparency_data:
+          picture = picture.convert('RGBA')
+          white = Image.new('RGBA', picture.size, 'white')
+          picture = Image.alpha_composite(white, picture)
+        return np.asarray(picture.convert('RGB'))
+  except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+    raise UnclipError(
+      f'{path} has more pixels than Pillow takes for safe: make it smaller'
+    ) from error
+  except FileNotFoundError as error:
+    raise UnclipError(f'there is no picture {path}: check the path') from error
+  except (OSError, SyntaxError, ValueError) as error:
+    raise UnclipError(f'{path} is not a picture that can be read: {error}') from error
 
 
 def make_grid(images: np.ndarray, num_columns: int) -> np.ndarray:

@@ -252,8 +252,88 @@ PAPER = UnclipConfig(
   ),
 )
 
+# Karlo v1 (kakaobrain): 1,022M prior, 885M decoder, 2 x 692M super-resolution, CLIP ViT-L/14; what
+# is trained with it can be written for diffusers' UnCLIPPipeline.
+KARLO = UnclipConfig(
+  clip=ClipConfig(
+    text=TextConfig(
+      vocab_size=49408,
+      context_length=77,
+      width=768,
+      depth=12,
+      num_heads=12,
+      mlp_activation='quick_gelu',
+    ),
+    vision=ViTConfig(
+      image_size=224,
+      patch_size=14,
+      width=1024,
+      depth=24,
+      num_heads=16,
+      mlp_activation='quick_gelu',
+    ),
+    embed_dim=768,
+    unit_norm=False,
+    pixel_mean=(0.48145466, 0.4578275, 0.40821073),
+    pixel_std=(0.26862954, 0.26130258, 0.27577711),
+  ),
+  prior=PriorConfig(
+    embed_dim=768,
+    text_width=768,
+    context_length=77,
+    width=2048,
+    depth=20,
+    num_heads=32,
+    diffusion=DiffusionConfig(prediction='x_0', clip_x_0=5.0),  # 10 in the original code
+    sampling=SamplingConfig(num_steps=25, spacing='karlo', guidance_scale=4.0),
+    unit_norm=False,
+    num_candidates=1,
+  ),
+  decoder=DecoderConfig(
+    image_size=64,
+    embed_dim=768,
+    unet=UNetConfig(
+      in_channels=3,
+      out_channels=6,
+      channels=320,
+      multipliers=(1, 2, 3, 4),
+      num_res_blocks=3,
+      attention_levels=(1, 2, 3),
+      head_dim=64,
+      context_dim=1536,
+    ),
+    diffusion=DiffusionConfig(learned_variance=True, clip_x_0=1.0),
+    sampling=SamplingConfig(num_steps=25, spacing='karlo', variance='learned', guidance_scale=8.0),
+    clip_text_width=768,
+  ),
+  upsamplers=(
+    UpsamplerConfig(
+      image_size=256,
+      low_size=64,
+      unet=UNetConfig(
+        in_channels=3,
+        out_channels=3,
+        channels=320,
+        multipliers=(1, 2, 3, 4),
+        num_res_blocks=3,
+        condition_channels=3,
+        scale_shift=False,
+      ),
+      diffusion=DiffusionConfig(clip_x_0=1.0),
+      sampling=SamplingConfig(num_steps=7, spacing='karlo'),
+      final_unet=True,
+    ),
+  ),
+)
+
 PRESETS: Mapping[str, UnclipConfig] = MappingProxyType(
-  {'tiny': TINY, 'emoji_small': EMOJI_SMALL, 'emoji': EMOJI, 'paper': PAPER}
+  {
+    'tiny': TINY,
+    'emoji_small': EMOJI_SMALL,
+    'emoji': EMOJI,
+    'paper': PAPER,
+    'karlo': KARLO,
+  }
 )
 
 

@@ -10,7 +10,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental import topologies
+from jax.sharding import (
+  AxisType,
+  Mesh,
+  NamedSharding,
+  PartitionSpec,
+  Sharding,
+  SingleDeviceSharding,
+)
 
 from unclip_jax.types import Array, UnclipError
 
@@ -111,6 +119,23 @@ def pmapped(fn: Callable[[Any, Any], Any], mesh: Mesh) -> Callable[[Any, Any], A
     return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:size], mapped(params, batch))
 
   return call
+
+
+def described_device(topology: str) -> Sharding:
+  """One chip of a TPU that is only described ('v5e:2x2'), to compile for; needs libtpu.
+
+  Raises:
+    UnclipError: libtpu is not installed, or knows no such topology.
+  """
+  try:
+    described = topologies.get_topology_desc(topology, platform='tpu')
+  except Exception as error:  # as many kinds as there are reasons
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    raise UnclipError(
+      f'no programs can be compiled for {topology} ({reason}): pip install libtpu, and take a '
+      'topology such as v5e:2x2'
+    ) from error
+  return SingleDeviceSharding(described.devices[0])
 
 
 def _batch_size(batch: Any) -> int:

@@ -110,7 +110,7 @@ def parse_options(
   add = parser.add_argument
   add('--run', type=Path, default=Path('runs/emoji_small'), help='folder of the run')
   add('--init', default=None, help="a model whose weights to start from, such as 'default'")
-  add('--preset', default='emoji_small', help='tiny, emoji_small, emoji or paper')
+  add('--preset', default='emoji_small', help='tiny, emoji_small, emoji, paper or karlo')
   add(
     '--set',
     dest='assignments',

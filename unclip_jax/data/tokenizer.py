@@ -1,8 +1,9 @@
-"""Byte-level BPE for captions, kept in one tokenizer.json: small ones of ours, and CLIP's.
+"""Tokenizers of captions, each kept in one tokenizer.json: small ones of ours, CLIP's, XLM-R's.
 
-Text is lower-cased and brought to NFC, its white space collapsed. Any Unicode text has a
-representation, as the alphabet is the 256 bytes (section 2.2 of the GPT-2 report). Ours ends a
-caption, CLIP's also begins it with a special token; how, and the padding, are part of the file.
+Ours and CLIP's are byte-level BPE: text is lower-cased and brought to NFC, its white space
+collapsed. Any Unicode text has a representation, as the alphabet is the 256 bytes (section 2.2 of
+the GPT-2 report). Ours ends a caption, the others also begin it with a special token; how, and the
+padding, are part of the file. XLM-R's is a unigram model, described in xlm_vocabulary.
 """
 
 import json
@@ -15,7 +16,7 @@ import tokenizers
 from etils import epath
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from unclip_jax.data import clip_vocabulary
+from unclip_jax.data import clip_vocabulary, xlm_vocabulary
 from unclip_jax.types import UnclipError
 
 PAD = '<pad>'
@@ -27,8 +28,8 @@ class Tokens(NamedTuple):
   """A batch of tokenised captions.
 
   Attributes:
-    ids: int32 [b, context_length], the end-of-text token after the last, then padding. CLIP's
-      begin with a start-of-text token.
+    ids: int32 [b, context_length], the end-of-text token after the last, then padding. CLIP's and
+      XLM-R's begin with a start-of-text token.
     mask: bool [b, context_length], true up to and including the first end-of-text token, also
       where the padding is the end-of-text token again.
   """
@@ -130,6 +131,27 @@ class Tokenizer:
     return cls(clip_vocabulary.load_transformers(folder))
 
   @classmethod
+  def from_xlm_roberta(
+    cls,
+    folder: str | os.PathLike[str],
+    context_length: int = xlm_vocabulary.CONTEXT_LENGTH,
+  ) -> 'Tokenizer':
+    """Reads the folder of an XLMRobertaTokenizer that transformers saved, as Kandinsky 2.1 has it.
+
+    It holds tokenizer.json or sentencepiece.bpe.model; the first is read where both are there. What
+    it encodes is what transformers does, but for words such as '</s>' in a prompt: they are text.
+
+    Args:
+      folder: of the tokenizer.
+      context_length: number of tokens a caption is cut or padded to, 3 to 512.
+
+    Raises:
+      UnclipError: the number is out of range, a file is missing or damaged, or holds no tokenizer
+        of XLM-RoBERTa's kind.
+    """
+    return cls(xlm_vocabulary.load(folder, context_length))
+
+  @classmethod
   def load(cls, path: str | os.PathLike[str]) -> 'Tokenizer':
     """Reads a tokenizer.json that `save` wrote.
 
@@ -141,7 +163,8 @@ class Tokenizer:
       raise UnclipError(f'tokenizer {path} is missing: fetch the model folder again')
     try:
       # The library raises plain Exception for any fault of the file.
-      bpe = tokenizers.Tokenizer.from_str(path.read_text(encoding='utf-8'))
+      text = path.read_text(encoding='utf-8')
+      bpe = tokenizers.Tokenizer.from_str(text)
     except Exception as error:
       raise UnclipError(f'tokenizer {path} cannot be read ({error}): fetch it again') from error
     if not _is_ours(bpe):
@@ -149,6 +172,8 @@ class Tokenizer:
         f'tokenizer {path} lacks a context length, padding to it or an end-of-text token: '
         'not one of ours'
       )
+    if xlm_vocabulary.is_xlm_roberta(bpe):
+      xlm_vocabulary.restore_scores(bpe, text)
     return cls(bpe)
 
   def save(self, path: str | os.PathLike[str]) -> None:
@@ -165,6 +190,8 @@ class Tokenizer:
   @property
   def transformers_class(self) -> str:
     """The class that opens what `save_transformers` writes."""
+    if xlm_vocabulary.is_xlm_roberta(self._bpe):
+      return 'XLMRobertaTokenizerFast'  # without sentencepiece.bpe.model; transformers 5 has it too
     is_clip = clip_vocabulary.is_clip(self._bpe)
     return 'CLIPTokenizer' if is_clip else 'PreTrainedTokenizerFast'
 
@@ -184,6 +211,9 @@ class Tokenizer:
     if clip_vocabulary.is_clip(self._bpe):
       files = clip_vocabulary.transformers_files(self._bpe)
       config |= {'bos_token': clip_vocabulary.START, 'unk_token': clip_vocabulary.END}
+    elif xlm_vocabulary.is_xlm_roberta(self._bpe):
+      files = xlm_vocabulary.transformers_files(self._bpe)
+      config |= xlm_vocabulary.TRANSFORMERS_NAMES
     else:
       files = {'tokenizer.json': self._bpe.to_str()}
     files['tokenizer_config.json'] = json.dumps(config, indent=2)
@@ -217,7 +247,8 @@ class Tokenizer:
   def decode(self, ids: Sequence[int]) -> str:
     """Returns the normalised text of one caption's ids, up to the end-of-text token.
 
-    CLIP's pieces come apart: "it's 10!" is decoded as "it 's 1 0 !".
+    CLIP's pieces come apart: "it's 10!" is decoded as "it 's 1 0 !". What XLM-R's has no piece for
+    is left out.
     """
     ids = [int(token) for token in ids]
     # What follows may be padding that is also the id of a word.
@@ -225,7 +256,7 @@ class Tokenizer:
     return self._bpe.decode(ids[:end]).strip()
 
   def normalise(self, text: str) -> str:
-    """Returns the text as the model sees it: lower case, NFC, single spaces."""
+    """Returns the text as the model sees it: single spaces; but for XLM-R's lower case, and NFC."""
     return self._bpe.normalizer.normalize_str(_check_text(text))
 
   def truncated(self, text: str) -> str | None:

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax.numpy as jnp
 
-from unclip_jax.configs import ClipConfig, TextConfig, ViTConfig
+from unclip_jax.configs import ClipConfig, ResNetConfig, TextConfig, ViTConfig
 from unclip_jax.nn.attention import causal_mask
+from unclip_jax.nn.clip_resnet import ClipResNet
 from unclip_jax.nn.layers import LayerNorm, l2_normalize
 from unclip_jax.nn.resnet import ConvTower
 from unclip_jax.nn.transformer import Transformer
@@ -85,10 +86,18 @@ class ClipNetwork(nn.Module):
         mlp_activation=vision.mlp_activation,
         dtype=self.dtype,
       )
+    elif isinstance(vision, ResNetConfig):
+      self.vision = ClipResNet(
+        width=vision.width,
+        depths=vision.depths,
+        num_heads=vision.num_heads,
+        out_width=config.embed_dim,
+        dtype=self.dtype,
+      )
     elif vision is not None:
       self.vision = ConvTower(vision.widths, vision.depth, dtype=self.dtype)
     self.text_projection = nn.Dense(config.embed_dim, use_bias=False, dtype=self.dtype)
-    if vision is not None:
+    if not isinstance(vision, ResNetConfig | None):  # a ResNet's attention projects by itself
       self.image_projection = nn.Dense(config.embed_dim, use_bias=False, dtype=self.dtype)
     # CLIP starts at a temperature of 0.07 (section 2.5).
     self.log_scale = self.param('log_scale', nn.initializers.constant(math.log(1 / 0.07)), ())
@@ -98,7 +107,9 @@ class ClipNetwork(nn.Module):
     config = self.config
     mean, std = (jnp.asarray(v)[None, None, None] for v in (config.pixel_mean, config.pixel_std))
     x = self.vision((((image_bhwc + 1) / 2 - mean) / std).astype(self.dtype))
-    return self._finish(self.image_projection(x))
+    if not isinstance(config.vision, ResNetConfig):
+      x = self.image_projection(x)
+    return self._finish(x)
 
   def encode_text(self, ids_bt: Array, mask_bt: Array) -> TextFeatures:
     """int32 [b, t] and bool [b, t] (true up to the end-of-text token) -> TextFeatures."""

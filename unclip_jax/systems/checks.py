@@ -6,6 +6,7 @@ from unclip_jax.configs import (
   DecoderConfig,
   DiffusionConfig,
   PriorConfig,
+  ResNetConfig,
   TextConfig,
   UnclipConfig,
   UNetConfig,
@@ -30,6 +31,8 @@ def check_config(config: UnclipConfig) -> None:
   for name, tower in (('clip.text', config.clip.text), ('clip.vision', config.clip.vision)):
     if isinstance(tower, TextConfig | ViTConfig):
       _check_heads(name, tower.width, tower.num_heads)
+    elif isinstance(tower, ResNetConfig):
+      _check_resnet(name, tower)
   stages: dict[str, PriorConfig | DecoderConfig | UpsamplerConfig] = {}
   shares = {}
   if config.prior is not None:
@@ -135,6 +138,23 @@ def _check_stages_meet(config: UnclipConfig) -> None:
 def _check_heads(name: str, width: int, num_heads: int) -> None:
   if num_heads < 1 or width % num_heads:
     raise UnclipError(f'{name}.num_heads is {num_heads}: it must divide {name}.width, {width}')
+
+
+def _check_resnet(name: str, tower: ResNetConfig) -> None:
+  if not tower.depths or min(tower.depths) < 1:
+    raise UnclipError(f'{name}.depths is {list(tower.depths)}: take 1 or more for each level')
+  if tower.width < 2 or tower.width % 2:
+    raise UnclipError(f'{name}.width is {tower.width}: the stem needs an even number')
+  if tower.image_size < 1 or tower.image_size % tower.factor:
+    raise UnclipError(
+      f'{name}.image_size is {tower.image_size}: with {len(tower.depths)} levels it must be a '
+      f'multiple of {tower.factor}'
+    )
+  if tower.num_heads < 1 or tower.pooled_width % tower.num_heads:
+    raise UnclipError(
+      f'{name}.num_heads is {tower.num_heads}: it must divide the {tower.pooled_width} channels '
+      'that are pooled'
+    )
 
 
 def _check_diffusion(name: str, diffusion: DiffusionConfig) -> None:

@@ -1,4 +1,4 @@
-"""What a folder of weights is: our own format, a pipeline of diffusers, a CLIP of transformers.
+"""What a model is: a folder of our own format, a pipeline of diffusers, a CLIP of others.
 
 The config is read from the folder's files, whatever the model is called and however large it is.
 """
@@ -12,11 +12,11 @@ from etils import epath
 from unclip_jax.configs import UnclipConfig, from_json
 from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.data.vocabulary import Vocabulary
+from unclip_jax.systems import clip_formats, karlo_format
 from unclip_jax.systems.checks import check_config
 from unclip_jax.types import Params, UnclipError
-from unclip_jax.weights import karlo, transformers_clip
+from unclip_jax.weights import karlo
 from unclip_jax.weights.folder import MANIFEST_NAME, read_manifest
-from unclip_jax.weights.foreign_config import read_json
 from unclip_jax.weights.foreign_folder import (
   CONFIG_NAME,
   INDEX_NAME,
@@ -26,7 +26,6 @@ from unclip_jax.weights.foreign_folder import (
 )
 from unclip_jax.weights.rules import read_params
 from unclip_jax.weights.safetensors import load_params
-from unclip_jax.weights.tensor_files import open_tensors
 
 TOKENIZER_FOLDER = 'tokenizer'
 
@@ -47,7 +46,7 @@ class Model(NamedTuple):
   """A model folder, opened as far as its configs; no weights are read yet.
 
   Attributes:
-    folder: of the model.
+    folder: of the model, or the one file that it is.
     path: of the file that says what it is.
     written_by: the program that wrote it.
     config: of the stages.
@@ -66,19 +65,25 @@ class Model(NamedTuple):
 
 
 def open_model(folder: epath.Path) -> Model:
-  """Opens a folder of any known format.
+  """Opens a folder of any known format, or a CLIP that is one file.
 
   Raises:
     UnclipError: it is none, or its files are not valid; names the file and the remedy.
   """
   if not folder.exists():
     raise UnclipError(f'there is no model folder {folder}: check the path')
+  if folder.is_file():
+    return _clip_alone(folder, clip_formats.open_file(folder))
   if (folder / MANIFEST_NAME).exists():
     return _open_ours(folder)
   if (folder / INDEX_NAME).exists():
     return _open_pipeline(folder)
+  if clip_formats.is_folder_of_open_clip(folder):
+    return _clip_alone(folder, clip_formats.open_open_clip(folder))
   if (folder / CONFIG_NAME).exists():
-    return _open_clip(folder)
+    return _clip_alone(folder, clip_formats.open_transformers(folder))
+  if karlo_format.is_release(folder):
+    return _open_karlo_release(folder)
   raise UnclipError(
     f'{folder} is not a model: it has no {MANIFEST_NAME}, {INDEX_NAME} or {CONFIG_NAME}; give the '
     'folder that does'
@@ -130,31 +135,16 @@ def _open_pipeline(folder: epath.Path) -> Model:
   return _checked(Model(folder, path, f'diffusers ({name})', config, tokenizer, None, stages))
 
 
-def _open_clip(folder: epath.Path) -> Model:
-  path = folder / CONFIG_NAME
-  values = read_json(path)
-  if (kind := values.get('model_type')) != 'clip':
-    raise UnclipError(f'{path}: model_type is {kind!r}: only clip can be opened')
-  clip = transformers_clip.read_model_config(folder)
-  weights = find_weights(folder)
+def _open_karlo_release(folder: epath.Path) -> Model:
+  release, name = karlo_format.open_release(folder), karlo_format.WRITTEN_BY
+  stages = {stage: Stage(read, paths) for stage, (read, paths) in release.stages.items()}
+  return _checked(Model(folder, folder, name, release.config, release.tokenizer, None, stages))
 
-  def read(expected: Params) -> Params:
-    with open_tensors(weights) as tensors:
-      rules = transformers_clip.rules(clip)
-      return read_params(tensors, rules, expected, str(weights), transformers_clip.IGNORED)
 
-  config = UnclipConfig(clip=clip, prior=None, decoder=None)
-  tokenizer = Tokenizer.from_transformers(folder)
-  model = Model(
-    folder,
-    path,
-    'transformers (CLIPModel)',
-    config,
-    tokenizer,
-    None,
-    {'clip': Stage(read, (weights,))},
-  )
-  return _checked(model)
+def _clip_alone(folder: epath.Path, clip: clip_formats.ForeignClip) -> Model:
+  config = UnclipConfig(clip=clip.config, prior=None, decoder=None)
+  stages = {'clip': Stage(clip.read, (clip.weights,))}
+  return _checked(Model(folder, clip.path, clip.written_by, config, clip.tokenizer, None, stages))
 
 
 def _checked(model: Model) -> Model:

@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from unclip_jax.data.vocabulary import Vocabulary
 from unclip_jax.sharding import Mesh, make_mesh, replicated
 from unclip_jax.stages import clip, decoder, diffusion_prior, upsampler
 from unclip_jax.systems import formats
+from unclip_jax.systems.offload import Offloaded
 from unclip_jax.types import Array, Params, UnclipError
+from unclip_jax.weights import hub
 from unclip_jax.weights.folder import MANIFEST_NAME
 from unclip_jax.weights.safetensors import reach
 
@@ -27,15 +29,21 @@ DEFAULT_FOLDER = Path(__file__).parents[1] / 'assets' / 'default'
 
 
 def find_folder(model: str | os.PathLike[str]) -> epath.Path:
-  """The folder of a model: of the package's own for 'default', else as given.
+  """The folder of a model: the package's own, one that is there, or a hub's once downloaded.
+
+  Args:
+    model: 'default' for the package's own, a folder, or, where there is no folder of that name,
+      text that names a model of a hub: 'owner/name' or 'owner/name@revision'.
 
   Raises:
-    UnclipError: the package came without a model, the name is empty, or it is of a store that
-      cannot be reached.
+    UnclipError: the package came without a model, the name is empty, it is of a store that
+      cannot be reached, or it is of a hub that does not give it (`weights.hub.download`).
   """
   if not isinstance(model, str | os.PathLike) or not os.fspath(model):
     raise UnclipError(f"model {model!r}: give 'default' or a folder")
   if model != DEFAULT:
+    if isinstance(model, str) and hub.is_hub_id(model) and not Path(model).exists():
+      return hub.download(model)
     return reach(model)
   if not (DEFAULT_FOLDER / MANIFEST_NAME).exists():
     raise UnclipError(
@@ -113,10 +121,14 @@ def read_stages(
 
 
 def load_parts(
-  model: str | os.PathLike[str], dtype: np.dtype, num_devices: int
-) -> tuple[UnclipConfig, dict[str, Params], Tokenizer, Mesh | None, Vocabulary | None]:
+  model: str | os.PathLike[str], dtype: np.dtype, num_devices: int, offload: bool
+) -> tuple[UnclipConfig, Mapping[str, Params], Tokenizer, Mesh | None, Vocabulary | None]:
   """Config, parameters, tokenizer, devices, vocabulary; `unclip.load` says what is raised."""
   opened = formats.open_model(find_folder(model))
   mesh = None if num_devices == 1 else make_mesh(num_devices)
+  if offload:
+    with jax.default_device(jax.devices('cpu')[0]):
+      params = read_stages(opened, dtype)
+    return opened.config, Offloaded(params, mesh), opened.tokenizer, mesh, opened.vocabulary
   params = read_stages(opened, dtype, mesh=mesh)
   return opened.config, params, opened.tokenizer, mesh, opened.vocabulary

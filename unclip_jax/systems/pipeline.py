@@ -12,6 +12,7 @@ from unclip_jax.diffusion.samplers import Trajectory
 from unclip_jax.nn.clip import TextFeatures
 from unclip_jax.sharding import DATA_AXIS, Mesh, place_batch
 from unclip_jax.systems import programs
+from unclip_jax.systems.offload import Offloaded
 from unclip_jax.systems.settings import StageSettings
 from unclip_jax.types import Array, Params, UnclipError
 
@@ -163,16 +164,25 @@ def sample_batch(
   with_trajectory = request.with_trajectories
 
   report('clip', 'preparing')
-  text = encode_text(config, params, tokens, dtype, None)
+  own = {'clip': params['clip']}  # looked up once: it may have to come from the host
+  text = encode_text(config, own, tokens, dtype, None)
   # Where nothing is guided it is not looked at, and has only to be of the right shape.
   null_text = text
   if null_tokens is not None:
-    null_text = encode_text(config, params, null_tokens, dtype, None)
+    null_text = encode_text(config, own, null_tokens, dtype, None)
+  del own
   if z_t is not None:
     text = text._replace(z_t=z_t)
   key_b = programs.image_keys(request.seed, indices)
   report('clip', 'sampling')
-  finished: dict[str, Any] = {'clip': text.z_t}
+  finished: dict[str, Any] = {}
+
+  def finish(name: str, output: Any) -> Any:
+    """Stages follow each other without the host, but where each has to make room for the next."""
+    finished[name] = jax.block_until_ready(output) if isinstance(params, Offloaded) else output
+    return output
+
+  finish('clip', text.z_t)
 
   prior, prior_start = None, None
   if z_i is None:
@@ -196,7 +206,7 @@ def sample_batch(
       dtype=dtype,
     )
     report('prior', 'sampling')
-    z_i = finished['prior'] = prior.x_0
+    z_i = finish('prior', prior.x_0)
 
   report('decoder', 'preparing')
   keys = programs.stage_keys(key_b, stage=programs.DECODER)
@@ -218,7 +228,7 @@ def sample_batch(
     dtype=dtype,
   )
   report('decoder', 'sampling')
-  image = finished['decoder'] = decoder.x_0
+  image = finish('decoder', decoder.x_0)
 
   upsampled, upsampler_starts = [], []
   for i, stage in enumerate(request.upsamplers):
@@ -240,7 +250,7 @@ def sample_batch(
       dtype=dtype,
     )
     report(name, 'sampling')
-    image = finished[name] = drawn.x_0
+    image = finish(name, drawn.x_0)
     upsampled.append(drawn)
     upsampler_starts.append(x_start)
   images = programs.to_uint8(image)

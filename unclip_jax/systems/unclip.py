@@ -24,6 +24,7 @@ from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.data.vocabulary import Vocabulary
 from unclip_jax.sharding import DATA_AXIS, Mesh
 from unclip_jax.systems import notices, pipeline, programs, settings
+from unclip_jax.systems.given import as_array, given_array
 from unclip_jax.systems.loading import load_parts
 from unclip_jax.systems.pipeline import Progress, Request, Samples, StartNoise
 from unclip_jax.systems.settings import Sampling
@@ -154,7 +155,7 @@ class Unclip:
     settings.check_callable('on_batch', on_batch)
     config, n = self.config, len(captions) * num_images
     if config.decoder is None or (config.prior is None and z_i is None):
-      self._params_of('decoder' if config.decoder is None else 'prior')
+      self._check_has('decoder' if config.decoder is None else 'prior')
     num_ups = settings.num_upsamplers(config, size)
     if not isinstance(upsampler, Sampling):
       raise UnclipError(f'upsampler: give a Sampling, not {type(upsampler).__name__}')
@@ -190,14 +191,14 @@ class Unclip:
       prior=prior_settings,
       decoder=decoder_settings,
       upsamplers=ups_settings[:num_ups],
-      z_t=_given('z_t', z_t, n, (config.clip.embed_dim,)),
-      z_i=_given('z_i', z_i, n, (config.clip.embed_dim,)),
+      z_t=given_array('z_t', z_t, n, (config.clip.embed_dim,)),
+      z_i=given_array('z_i', z_i, n, (config.clip.embed_dim,)),
       noise=self._given_noise(start_noise, n, num_candidates, num_ups),
       with_trajectories=with_trajectories,
     )
     for stage in ('clip', 'prior', 'decoder', *(f'upsampler_{i}' for i in range(num_ups))):
       if stage != 'prior' or z_i is None:
-        self._params_of(stage)
+        self._check_has(stage)
     texts = dict.fromkeys([*captions, negative_prompt or ''])
     self._warn([notices.of_cut(self.tokenizer, text) for text in texts])
     self._warn([self._notice_of_unseen(text) for text in texts])
@@ -210,7 +211,7 @@ class Unclip:
       UnclipError: as `sample`; the empty caption has an embedding too.
     """
     texts = settings.check_prompts(texts, allow_empty=True)
-    self._params_of('clip')
+    self._check_has('clip')
     self._warn([notices.of_cut(self.tokenizer, text) for text in texts])
     return self._encode_text(texts)
 
@@ -223,16 +224,17 @@ class Unclip:
     Raises:
       UnclipError: they are of another shape or kind.
     """
-    images = images if isinstance(images, jax.Array) else _as_array('images', images)
+    images = images if isinstance(images, jax.Array) else as_array('images', images)
     if images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape:
       raise UnclipError(f'images must be an array [n, h, w, 3], not {list(images.shape)}')
     if images.dtype != np.uint8 and not jnp.issubdtype(images.dtype, jnp.floating):
       raise UnclipError(f'images must be uint8, or float in [-1, 1], not {images.dtype}')
     if images.dtype != np.uint8 and not abs(images).max() <= _MOST_OF_A_FLOAT:
       raise UnclipError('images of floats must be in [-1, 1], without a NaN; 0 to 255 is for uint8')
-    params = self._params_of('clip')
+    self._check_has('clip')
     if self.config.clip.vision is None:
       raise UnclipError('this model came without the image tower of its CLIP: it sees no images')
+    params = self.params['clip']
     return programs.encode_image(params, images, config=self.config.clip, dtype=self.dtype)
 
   def _run(
@@ -290,10 +292,12 @@ class Unclip:
       raise UnclipError('start_noise must be a StartNoise, with a tuple for the upsamplers')
     ups = (*noise.upsamplers, *[None] * num_upsamplers)[:num_upsamplers]
     return StartNoise(
-      _given('start_noise.prior', noise.prior, n, (num_candidates, config.clip.embed_dim)),
-      _given('start_noise.decoder', noise.decoder, n, pipeline.image_shape(config.decoder)),
+      given_array('start_noise.prior', noise.prior, n, (num_candidates, config.clip.embed_dim)),
+      given_array('start_noise.decoder', noise.decoder, n, pipeline.image_shape(config.decoder)),
       tuple(
-        _given(f'start_noise.upsamplers[{i}]', x, n, pipeline.image_shape(config.upsamplers[i]))
+        given_array(
+          f'start_noise.upsamplers[{i}]', x, n, pipeline.image_shape(config.upsamplers[i])
+        )
         for i, x in enumerate(ups)
       ),
     )
@@ -322,22 +326,29 @@ class Unclip:
     for message in filter(None, messages):
       warn(message, stacklevel=_level_of_the_user())
 
-  def _params_of(self, stage: str) -> Params:
+  def _check_has(self, stage: str) -> None:
     if stage not in self.params:
       raise UnclipError(
         f'this model has no {stage}, only {", ".join(self.params) or "a config"}: take one that '
         'has, or train that stage into its folder'
       )
-    return self.params[stage]
 
 
-def load(model: str | Any = 'default', dtype: Any = 'float32', num_devices: int = 1) -> Unclip:
+def load(
+  model: str | Any = 'default',
+  dtype: Any = 'float32',
+  num_devices: int = 1,
+  offload: bool = False,
+) -> Unclip:
   """Opens a model: the one that comes with the package, or a folder.
 
   Args:
-    model: 'default', or the folder of a model or of a training run (`gs://` and the like work).
+    model: 'default', or the folder of a model or of a training run (`gs://` and the like work),
+      or a model of a hub, 'owner/name' or 'owner/name@revision'.
     dtype: what networks compute in and parameters are held in, 'float32' or 'bfloat16'.
     num_devices: over how many devices a batch is spread.
+    offload: keep the parameters in the host's memory, and each stage's on the devices only while
+      it runs.
 
   Raises:
     UnclipError: there is no such model, one of its files is missing, damaged, or belongs to another
@@ -345,7 +356,7 @@ def load(model: str | Any = 'default', dtype: Any = 'float32', num_devices: int 
   """
   dtype = settings.check_dtype(dtype)
   settings.check_count('the number of devices', num_devices)
-  config, params, tokenizer, mesh, vocabulary = load_parts(model, dtype, num_devices)
+  config, params, tokenizer, mesh, vocabulary = load_parts(model, dtype, num_devices, offload)
   return Unclip(config, params, tokenizer, dtype, mesh, vocabulary)
 
 
@@ -374,27 +385,3 @@ def _level_of_the_user() -> int:
   while frame.f_back and frame.f_globals.get('__name__', '').partition('.')[0] == _PACKAGE:
     level, frame = level + 1, frame.f_back
   return level
-
-
-def _given(what: str, value: Any, n: int, shape: tuple[int, ...]) -> np.ndarray | None:
-  """An array of the caller's as float32 [n, *shape]."""
-  if value is None:
-    return None
-  value = _as_array(what, value)
-  if value.shape not in ((n, *shape), (1, *shape)):
-    raise UnclipError(
-      f'{what} has the shape {list(value.shape)}, wanted is {[n, *shape]}, or 1 in place of {n}'
-    )
-  is_floating = jnp.issubdtype(value.dtype, jnp.floating)
-  with np.errstate(over='ignore'):
-    value = value.astype(np.float32) if is_floating else value
-  if not is_floating or not np.isfinite(value).all():
-    raise UnclipError(f'{what} must hold finite floating-point numbers')
-  return np.broadcast_to(value, (n, *shape))
-
-
-def _as_array(what: str, value: Any) -> np.ndarray:
-  try:
-    return np.asarray(value)
-  except (TypeError, ValueError):
-    raise UnclipError(f'{what} must be an array, all rows of it as long as each other') from None

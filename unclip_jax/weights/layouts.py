@@ -123,5 +123,37 @@ def constant(value: float) -> Layout:
   return Layout(lambda theirs: (np.float32(value),), lambda ours: ())
 
 
+@functools.cache
+def interleaved_heads(num: int, head_dim: int) -> Layout:
+  """n projections in one, head by head: [heads * n * head_dim, in] -> [in, n, heads, head_dim].
+
+  So for biases. ADM and GLIDE have [q | k | v] in each head, and [k | v] for a context.
+  """
+
+  def read(theirs: Arrays) -> Arrays:
+    (x,) = theirs
+    x = x.reshape(-1, num, head_dim, *x.shape[1:]).swapaxes(0, 1)
+    return (x if x.ndim == 3 else x.transpose(3, 0, 1, 2),)
+
+  def write(ours: Arrays) -> Arrays:
+    (x,) = ours
+    x = x if x.ndim == 3 else x.transpose(1, 2, 3, 0)
+    return (x.swapaxes(0, 1).reshape(-1, *x.shape[3:]),)
+
+  return Layout(read, write)
+
+
+@functools.cache
+def pointwise(layout: Layout) -> Layout:
+  """The layout of a matrix that they have as a 1x1 convolution of sequences, [out, in, 1]."""
+
+  def read(theirs: Arrays) -> Arrays:
+    if any(x.ndim != 3 or x.shape[-1] != 1 for x in theirs):
+      raise ValueError('not [out, in, 1]')
+    return layout.read(tuple(x.reshape(x.shape[:-1]) for x in theirs))
+
+  return Layout(read, lambda ours: tuple(x[..., None] for x in layout.write(ours)))
+
+
 def _namespace(arrays: Any) -> Any:
   return np if isinstance(arrays[0], np.ndarray) else jnp

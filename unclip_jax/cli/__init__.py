@@ -1,0 +1,70 @@
+"""The command line: `unclip-jax generate`, `unclip-jax info` and `unclip-jax convert`.
+
+What takes long to import (JAX, and all that needs it) is imported by the commands, so that --help
+and slips of the fingers are answered at once.
+"""
+
+import sys
+from typing import Annotated
+
+import typer
+
+import unclip_jax
+from unclip_jax.cli.convert import convert
+from unclip_jax.cli.generate import generate
+from unclip_jax.cli.info import info
+
+app = typer.Typer(
+  name='unclip-jax',
+  no_args_is_help=True,
+  add_completion=False,
+  pretty_exceptions_enable=False,
+  context_settings={'help_option_names': ['-h', '--help']},
+)
+app.command(epilog='Example: unclip-jax generate "a red apple, flat style" "a rocket" -n 4 -s 7')(
+  generate
+)
+app.command(epilog='Example: unclip-jax info --vocabulary --matching fish --pictures fish.png')(
+  info
+)
+app.command(epilog='Example: unclip-jax convert kakaobrain/karlo-v1-alpha karlo --dtype bfloat16')(
+  convert
+)
+
+
+def _show_version(wanted: bool) -> None:
+  if wanted:
+    print(f'unclip-jax {unclip_jax.__version__}')
+    raise typer.Exit
+
+
+@app.callback()
+def options(
+  version: Annotated[
+    bool,
+    typer.Option(
+      '--version', help='Show the version and exit.', callback=_show_version, is_eager=True
+    ),
+  ] = False,
+) -> None:
+  """Draw pictures from captions with unCLIP (DALL·E 2), in JAX."""
+
+
+def main(args: list[str] | None = None) -> None:
+  """Runs the command line; a mistake of the user's is one line on stderr, and status 1 or 2."""
+  try:
+    status = app(args, prog_name='unclip-jax', standalone_mode=False)
+  except Exception as error:
+    from unclip_jax.types import UnclipError
+
+    if isinstance(error, UnclipError):
+      message, status = str(error), 1
+    elif type(error).__name__ == 'NoArgsIsHelpError':
+      error.show()
+      sys.exit(2)
+    elif hasattr(error, 'format_message'):  # typer's usage errors, click's or its own
+      message, status = f'{error.format_message()} (see unclip-jax --help)', 2
+    else:
+      raise
+    print(f'unclip-jax: error: {message}', file=sys.stderr)
+  sys.exit(status or 0)

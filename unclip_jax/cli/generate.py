@@ -1,0 +1,206 @@
+"""`unclip-jax generate`: pictures of captions."""
+
+import json
+import math
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import unclip_jax
+from unclip_jax.cli.options import (
+  DECODER,
+  MACHINE,
+  OUTPUT,
+  PRIOR,
+  UPSAMPLER,
+  ModelOption,
+  option,
+  output_folder,
+)
+
+_SAMPLER_HELP = 'ddpm or ddim.'
+_ETA_HELP = 'Noise of ddim, from 0 (none) to 1 (as much as ddpm).'
+
+
+def generate(
+  prompts: Annotated[
+    list[str] | None,
+    typer.Argument(
+      metavar='PROMPT', help='What is to be seen; one or several.', show_default=False
+    ),
+  ] = None,
+  image: Annotated[
+    str | None,
+    typer.Option(
+      metavar='FILE',
+      help='Draw variations of this picture; with a PROMPT its words are seen as well.',
+      show_default=False,
+    ),
+  ] = None,
+  num_images: Annotated[
+    int, typer.Option('--num-images', '-n', metavar='N', help='Pictures of each prompt.')
+  ] = 1,
+  seed: Annotated[
+    int, typer.Option('--seed', '-s', metavar='N', help='The same seed gives the same pictures.')
+  ] = 0,
+  first_image: Annotated[
+    int, typer.Option(metavar='N', help='Index of the first picture, to continue a series.')
+  ] = 0,
+  negative_prompt: Annotated[
+    str | None, typer.Option(metavar='TEXT', help='What is not to be seen.', show_default=False)
+  ] = None,
+  out: Annotated[
+    str,
+    typer.Option(
+      '--out',
+      '-o',
+      metavar='FOLDER',
+      help='Where the pictures go. Files of the same name are replaced.',
+      rich_help_panel=OUTPUT,
+    ),
+  ] = 'out',
+  size: Annotated[
+    int | None,
+    option(OUTPUT, "Pixels: one of the sizes that 'unclip-jax info' lists. (default: the largest)"),
+  ] = None,
+  model: ModelOption = 'default',
+  dtype: Annotated[
+    str, typer.Option(help='float32 or bfloat16.', rich_help_panel=MACHINE)
+  ] = 'float32',
+  batch_size: Annotated[
+    int | None, option(MACHINE, 'Pictures drawn at a time. (default: 4 on a CPU, else 16)')
+  ] = None,
+  devices: Annotated[
+    int, typer.Option(help='Devices that share the work.', rich_help_panel=MACHINE)
+  ] = 1,
+  offload: Annotated[
+    bool,
+    typer.Option(
+      '--offload',
+      help='Keep the parameters in main memory, each stage on the device while it runs.',
+      rich_help_panel=MACHINE,
+    ),
+  ] = False,
+  cache: Annotated[
+    bool,
+    typer.Option(
+      '--cache/--no-cache',
+      help="Keep compiled programs in the user's cache folder.",
+      rich_help_panel=MACHINE,
+    ),
+  ] = True,
+  prior_steps: Annotated[int | None, option(PRIOR, 'Denoising steps.')] = None,
+  prior_sampler: Annotated[str | None, option(PRIOR, _SAMPLER_HELP)] = None,
+  prior_guidance: Annotated[
+    float | None, option(PRIOR, 'How much the caption is stressed; 1 is as it is.')
+  ] = None,
+  prior_eta: Annotated[float | None, option(PRIOR, _ETA_HELP)] = None,
+  prior_candidates: Annotated[
+    int | None, option(PRIOR, 'Embeddings drawn for a picture; the nearest one is kept.')
+  ] = None,
+  decoder_steps: Annotated[int | None, option(DECODER, 'Denoising steps.')] = None,
+  decoder_sampler: Annotated[str | None, option(DECODER, _SAMPLER_HELP)] = None,
+  decoder_guidance: Annotated[
+    float | None, option(DECODER, 'How much the caption is stressed; 1 is as it is.')
+  ] = None,
+  decoder_eta: Annotated[float | None, option(DECODER, _ETA_HELP)] = None,
+  upsampler_steps: Annotated[int | None, option(UPSAMPLER, 'Denoising steps.')] = None,
+  upsampler_sampler: Annotated[str | None, option(UPSAMPLER, _SAMPLER_HELP)] = None,
+  upsampler_eta: Annotated[float | None, option(UPSAMPLER, _ETA_HELP)] = None,
+) -> None:
+  """Draw pictures of captions or variations of a picture, each a PNG, and all in grid.png."""
+  from rich.console import Console
+
+  from unclip_jax.display import StageDisplay
+  from unclip_jax.images import make_grid, read_picture, slugs
+  from unclip_jax.systems import settings
+  from unclip_jax.systems.pipeline import Progress, Samples
+  from unclip_jax.terminal import interrupts, memory_errors, plain_warnings, use_cache
+  from unclip_jax.types import UnclipError
+
+  prior = settings.Sampling(prior_steps, prior_sampler, prior_guidance, prior_eta)
+  decoder = settings.Sampling(decoder_steps, decoder_sampler, decoder_guidance, decoder_eta)
+  upsampler = settings.Sampling(upsampler_steps, upsampler_sampler, eta=upsampler_eta)
+  if not prompts and image is None:
+    raise typer.BadParameter('give a PROMPT, or the --image that is to be varied')
+  use_cache(cache)
+
+  with output_folder(out) as folder, plain_warnings(), memory_errors(), interrupts() as check:
+    # Read first: a mistake in its name should not wait for a large model.
+    picture = None if image is None else read_picture(image)
+    loaded = unclip_jax.load(model, dtype, devices, offload)
+    z_i = None if picture is None else loaded.encode_image(picture[None])
+    config = loaded.config
+    captions = prompts or ['']
+    ups = config.upsamplers[: settings.num_upsamplers(config, size)]
+    if config.decoder is None:
+      raise UnclipError(f'the model {model} has no decoder: it draws no pictures')
+    described = {
+      'model': model,
+      'size': ups[-1].image_size if ups else config.decoder.image_size,
+      'dtype': dtype,
+      'negative_prompt': negative_prompt,
+      **_describe_source(config, image, prior, prior_candidates),
+      'decoder': settings.describe(config.decoder.sampling, decoder),
+      'upsamplers': [settings.describe(up.sampling, upsampler) for up in ups],
+    }
+    text = {
+      'seed': str(seed),
+      'settings': json.dumps(described, ensure_ascii=False),
+      'Software': f'unclip_jax {unclip_jax.__version__}, jax {metadata.version("jax")}',
+    }
+    titles = [
+      ' '.join(filter(None, [caption, Path(image).stem if image else ''])) for caption in captions
+    ]
+    names = (name for name in slugs(titles) for _ in range(num_images))
+
+    def save(samples: Samples) -> None:
+      rows = zip(samples.images, samples.prompts, samples.indices, strict=True)
+      for image, prompt, index in rows:
+        about = {'prompt': prompt, 'index': str(index), **text}
+        folder.save(f'{next(names)}-{index:02d}.png', image, about)
+
+    def report(event: Progress) -> None:
+      check()
+      display(event)
+
+    source = [] if image else ['prior']
+    stages = ['clip', *source, 'decoder', *(f'upsampler_{i}' for i in range(len(ups)))]
+    with StageDisplay(Console(stderr=True, highlight=False), stages) as display:
+      samples = loaded.sample(
+        captions,
+        seed,
+        num_images,
+        first_image=first_image,
+        negative_prompt=negative_prompt,
+        prior=prior,
+        decoder=decoder,
+        upsampler=upsampler,
+        num_candidates=prior_candidates,
+        size=size,
+        z_i=z_i,
+        batch_size=batch_size,
+        progress=report,
+        on_batch=save,
+      )
+    # A row for each prompt, or what comes near a square.
+    in_rows = len(captions) > 1 and num_images > 1
+    num_columns = num_images if in_rows else math.isqrt(len(samples.images) - 1) + 1
+    grid = make_grid(samples.images, num_columns)
+    folder.save('grid.png', grid, {'prompt': '\n'.join(captions), **text})
+
+
+def _describe_source(
+  config: Any, image: str | None, asked: Any, num_candidates: int | None
+) -> dict[str, Any]:
+  """Where z_i came from, ready for json.dumps."""
+  from unclip_jax.systems import settings
+
+  if image is not None:
+    return {'image': image}
+  if config.prior is None:
+    return {}
+  candidates = config.prior.num_candidates if num_candidates is None else num_candidates
+  return {'candidates': candidates, 'prior': settings.describe(config.prior.sampling, asked)}
