@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -284,6 +285,14 @@ def test_a_model_is_converted_and_opens_again(model, tmp_path, capsys):
   assert theirs.config == ours.config
   for one, other in zip(*map(jax.tree.leaves, (ours.params, theirs.params)), strict=True):
     np.testing.assert_allclose(np.asarray(other), np.asarray(one), rtol=1e-2, atol=1e-6)
+  assert run('convert', model, tmp_path / 'orbax', '--to', 'orbax') == 0
+  exact = unclip_jax.load(tmp_path / 'orbax')
+  jax.tree.map(np.testing.assert_array_equal, dict(exact.params), dict(ours.params))
+  assert run('info', '--model', tmp_path / 'orbax') == 0
+  assert 'decoder' in capsys.readouterr().out
+  shutil.rmtree(tmp_path / 'orbax' / 'decoder.orbax')
+  assert run('info', '--model', tmp_path / 'orbax') == 1
+  assert 'names decoder.orbax, which is not there' in capsys.readouterr().err
   for args, words in (
     (('--to', 'onnx'), "there is no format 'onnx'"),
     (('--dtype', 'int8'), "there is no dtype 'int8'"),

@@ -13,6 +13,7 @@ import dataclasses
 import json
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import jax
 import matplotlib.pyplot as plt
@@ -48,7 +49,10 @@ def labelled_grid(images: np.ndarray, captions: list[str]) -> Image.Image:
 
 
 def truths_of(options: dict, split: str, num: int) -> list[Truth]:
-  """Truths of `num` different sprites of a split, single objects, in the data set's order."""
+  """Truths of different sprites of a split, single objects, in the data set's order.
+
+  Where there are fewer than `num` sprites, they come again on other backgrounds.
+  """
   source = CaptionedEmoji(
     load_sprites(None),
     32,
@@ -60,10 +64,14 @@ def truths_of(options: dict, split: str, num: int) -> list[Truth]:
     labels=options['labels'],
     scene_fraction=0.0,
   )
-  chosen: dict[int, Truth] = {}
-  for i in range(len(source)):
-    truth = source.truth(i)
+  truths = [source.truth(i) for i in range(len(source))]
+  chosen: dict[Any, Truth] = {}
+  for truth in truths:
     chosen.setdefault(truth.sprite_index, truth)
+  seen = {(truth.sprite_index, truth.background) for truth in chosen.values()}
+  for truth in truths:
+    if (truth.sprite_index, truth.background) not in seen:
+      chosen.setdefault((truth.sprite_index, truth.background), truth)
   return list(chosen.values())[:num]
 
 
@@ -148,7 +156,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     name = f'emoji_{split}.webp'
     labelled_grid(images, captions).save(args.images / name, quality=80)
-    sections.append(f'## {what}\n\n![{len(captions)} samples]({args.images.name}/{name})\n')
+    objects = len({truth.sprite_index for truth in truths})
+    sections.append(
+      f'## {what}\n\n![{len(captions)} samples of {objects} objects]({args.images.name}/{name})\n'
+    )
     if split == 'val_pairs':
       grid = compare(model, sprites, truths[:COMPARED])
       Image.fromarray(grid).save(args.images / 'compared.webp', quality=80)

@@ -67,7 +67,7 @@ def info(
   total_parameters = total_bytes = 0
   for name, params in loaded.params.items():
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
-    size = sum(path.stat().length for path in opened.stages[name].paths)
+    size = sum(map(_bytes, opened.stages[name].paths))
     total_parameters, total_bytes = total_parameters + count, total_bytes + size
     row = (f'{count:,}', f'{size / 2**20:.1f} MiB', sampling.get(name, ''))
     table.add_row(name.replace('_', ' '), makes[name], *row)
@@ -145,6 +145,11 @@ def _draw_vocabulary(model: str, concepts: Sequence[str], pictures: str) -> None
     rows = samples.images.reshape(len(concepts), len(known.styles), *samples.images.shape[1:])
     title = 'from left to right: ' + ', '.join(known.styles)
     folder.save(path.name, make_sheet(rows, concepts, title), {'prompt': '\n'.join(prompts)})
+
+
+def _bytes(path: Any) -> int:
+  """Of a file, or of all files of a checkpoint."""
+  return sum(map(_bytes, path.iterdir())) if path.is_dir() else path.stat().length
 
 
 def _devices(devices: list[Any]) -> str:

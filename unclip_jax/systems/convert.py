@@ -19,7 +19,7 @@ from unclip_jax.weights.folder import TOKENIZER_NAME, write_model
 from unclip_jax.weights.rules import Rule, write_tensors
 from unclip_jax.weights.safetensors import save_params, write_atomically
 
-FORMATS = ('unclip', 'diffusers', 'transformers')
+FORMATS = ('unclip', 'orbax', 'diffusers', 'transformers')
 DTYPES = ('float32', 'bfloat16', 'float16')
 # What diffusers and transformers look for in a file's header.
 _OF_TORCH = {'format': 'pt'}
@@ -37,8 +37,8 @@ def convert(
   Args:
     model: 'default', a folder of any known format, or a model of a hub.
     out: the folder; what is in it stays, but for files of the same names.
-    to: 'unclip', our own folder; 'diffusers', a pipeline that diffusers opens and runs;
-      'transformers', the CLIP alone, as a `CLIPModel`.
+    to: 'unclip', our own folder; 'orbax', the same with Orbax checkpoints; 'diffusers', a pipeline
+      that diffusers opens and runs; 'transformers', the CLIP alone, as a `CLIPModel`.
     dtype: of what is written; our own format keeps vectors in float32.
     written_by: program and version.
 
@@ -52,9 +52,10 @@ def convert(
   opened, out = formats.open_model(loading.find_folder(model)), epath.Path(out)
   if out.exists() and not out.is_dir():
     raise UnclipError(f'{out} is a file: give the name of a folder')
-  if to == 'unclip':
+  if to in ('unclip', 'orbax'):
     params = loading.read_stages(opened, jnp.float32)
-    _write_ours(opened, params, out, jnp.dtype(dtype), written_by)
+    ending = '.orbax' if to == 'orbax' else '.safetensors'
+    _write_ours(opened, params, out, jnp.dtype(dtype), written_by, ending)
     return
   # The configs come first: they say whether there can be such a folder at all.
   tokenizer = opened.tokenizer
@@ -75,14 +76,26 @@ def convert(
 
 
 def _write_ours(
-  opened: Model, params: dict[str, Params], out: epath.Path, dtype: Any, written_by: str
+  opened: Model,
+  params: dict[str, Params],
+  out: epath.Path,
+  dtype: Any,
+  written_by: str,
+  ending: Any,
 ) -> None:
   vocabulary = None if opened.vocabulary is None else opened.vocabulary.to_json()
   with tempfile.TemporaryDirectory() as folder:
     tokenizer = Path(folder) / TOKENIZER_NAME
     opened.tokenizer.save(tokenizer)
     write_model(
-      out, to_json(opened.config), params, tokenizer, dtype, written_by, vocabulary=vocabulary
+      out,
+      to_json(opened.config),
+      params,
+      tokenizer,
+      dtype,
+      written_by,
+      vocabulary=vocabulary,
+      ending=ending,
     )
 
 

@@ -105,11 +105,20 @@ def _open_ours(folder: epath.Path) -> Model:
   config = from_json(UnclipConfig, manifest.config, f'{path}: config')
   tokenizer = Tokenizer.load(manifest.tokenizer)
   stages = {
-    name: Stage(functools.partial(load_params, file), (file,))
+    name: Stage(functools.partial(_read_ours, file), (file,))
     for name, file in manifest.stages.items()
   }
   vocabulary = read_vocabulary(folder)
   return _checked(Model(folder, path, manifest.written_by, config, tokenizer, vocabulary, stages))
+
+
+def _read_ours(path: epath.Path, expected: Params) -> Params:
+  """A stage of ours, in a safetensors file or an Orbax checkpoint."""
+  if not path.is_dir():
+    return load_params(path, expected)
+  from unclip_jax.weights.checkpoint import load_tree  # takes seconds to import
+
+  return load_tree(path, expected)
 
 
 def _open_pipeline(folder: epath.Path) -> Model:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from unclip_jax.types import UnclipError
+from unclip_jax.types import Params, UnclipError
 from unclip_jax.weights.safetensors import named_leaves
 
 State = TypeVar('State')
@@ -45,9 +45,7 @@ class Checkpoints:
   def __init__(self, folder: os.PathLike[str] | str, keep: int = 2) -> None:
     if keep < 1:
       raise ValueError(f'keep must be at least 1, not {keep}')
-    folder = epath.Path(folder)
-    # Orbax refuses relative paths; remote ones are absolute already.
-    self.folder = folder if '://' in str(folder) else folder.resolve()
+    self.folder = _absolute(folder)
     try:
       self._manager = ocp.training.Checkpointer(
         self.folder,
@@ -123,6 +121,69 @@ class Checkpoints:
       if state is None:
         raise UnclipError(damaged)
     return state
+
+
+def save_tree(folder: os.PathLike[str] | str, params: Params, dtype: Any = None) -> None:
+  """Writes parameters as one Orbax checkpoint, in place of one that may be there.
+
+  Args:
+    folder: of the checkpoint.
+    params: nested dicts of arrays.
+    dtype: what floating arrays are cast to; None keeps theirs.
+
+  Raises:
+    UnclipError: it could not be written, a full disk for instance.
+  """
+
+  def cast(leaf: Any) -> Any:
+    is_floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+    return jnp.asarray(leaf, dtype if dtype is not None and is_floating else leaf.dtype)
+
+  folder = _absolute(folder)
+  try:
+    ocp.save(folder, jax.tree.map(cast, params), overwrite=True)
+  except (OSError, ValueError) as error:
+    raise UnclipError(
+      f'cannot write {folder} ({_first_line(error)}): free some space or choose another folder'
+    ) from error
+
+
+def load_tree(folder: os.PathLike[str] | str, expected: Params) -> Params:
+  """Reads what `save_tree` wrote, each array straight to its device.
+
+  Args:
+    folder: of the checkpoint.
+    expected: nested dicts of `jax.ShapeDtypeStruct`s: names, shapes and types wanted.
+
+  Raises:
+    UnclipError: it is missing, damaged, or of another architecture; names the first array that
+      differs.
+  """
+  folder = _absolute(folder)
+  abstract = jax.tree.map(_with_sharding, expected)
+  with _quiet():
+    found = _or_none(lambda: ocp.metadata(folder).metadata)
+    if not found:
+      raise UnclipError(f'{folder} is missing or damaged: copy or convert it again')
+    wanted, there = named_leaves(abstract), named_leaves(found)
+    as_there = {
+      name: jax.ShapeDtypeStruct(leaf.shape, there[name].dtype if name in there else leaf.dtype)
+      for name, leaf in wanted.items()
+    }
+    _check_same(as_there, there, folder)
+    params = _or_none(lambda: ocp.load(folder, abstract))
+    if params is None:
+      raise UnclipError(f'{folder} is damaged: copy or convert it again')
+  for name, leaf in named_leaves(params).items():
+    if not jnp.isfinite(leaf).all():
+      raise UnclipError(f'{folder}: {name} holds a NaN or an infinity: convert it again')
+  return params
+
+
+def _absolute(folder: os.PathLike[str] | str) -> epath.Path:
+  """Orbax refuses relative paths; remote ones are absolute already."""
+  folder = epath.Path(folder)
+  return folder if '://' in str(folder) else folder.resolve()
 
 
 def _or_none(read: Callable[[], State]) -> State | None:

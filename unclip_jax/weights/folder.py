@@ -15,7 +15,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from etils import epath
 
@@ -57,6 +57,7 @@ def write_model(
   written_by: str = 'unclip_jax',
   keep: Sequence[str] = (),
   vocabulary: Mapping[str, Any] | None = None,
+  ending: Literal['.safetensors', '.orbax'] = '.safetensors',
 ) -> None:
   """Writes a model folder. Each file appears whole or not at all, `unclip.json` as the last.
 
@@ -69,6 +70,7 @@ def write_model(
     written_by: program and version.
     keep: names of stages whose files are there already and stay part of the model.
     vocabulary: what JSON can hold, the content of vocabulary.json; None is a model without one.
+    ending: of the stages, safetensors files or Orbax checkpoints, which are folders.
 
   Raises:
     UnclipError: a parameter holds a NaN, or a file cannot be read or written.
@@ -78,7 +80,7 @@ def write_model(
     'format_version': FORMAT_VERSION,
     'written_by': written_by,
     'config': dict(config_json),
-    'stages': {name: f'{name}.safetensors' for name in sorted({*params, *keep})},
+    'stages': {name: f'{name}{ending}' for name in sorted({*params, *keep})},
     'tokenizer': TOKENIZER_NAME,
   }
   if vocabulary is not None:
@@ -90,7 +92,12 @@ def write_model(
   if not tokenizer_file.exists():
     raise UnclipError(f'there is no tokenizer {tokenizer_file}: check the path')
   for name, stage_params in params.items():
-    save_params(folder / f'{name}.safetensors', stage_params, dtype)
+    if ending == '.orbax':
+      from unclip_jax.weights.checkpoint import save_tree  # takes seconds to import
+
+      save_tree(folder / f'{name}{ending}', stage_params, dtype)
+    else:
+      save_params(folder / f'{name}{ending}', stage_params, dtype)
   # Copied aside first, as it may be the very file that is replaced.
   write_atomically(folder / TOKENIZER_NAME, lambda part: _copy(tokenizer_file, part))
   if vocabulary is not None:
