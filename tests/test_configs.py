@@ -50,9 +50,11 @@ from unclip_jax.types import UnclipError
     (['decoder.image_drop=-0.1'], r'decoder\.image_drop is -0\.1: take a fraction'),
     (['upsamplers.0.low_noise=-0.1'], r'upsamplers\.0\.low_noise is -0\.1: take a fraction'),
     (
-      ['upsamplers.0.keep_low=true', 'upsamplers.0.image_size=40'],
-      r'upsamplers\.0\.low_size is 16: with keep_low it must divide upsamplers\.0\.image_size, 40',
+      ['upsamplers.0.keep_low=1', 'upsamplers.0.image_size=40'],
+      r'upsamplers\.0\.image_size is 40: with a keep_low of 1 it must be a multiple of 16',
     ),
+    (['upsamplers.0.keep_low=3'], r'upsamplers\.0\.low_size is 16: .* a multiple of 3'),
+    (['upsamplers.0.keep_low=-1'], r'upsamplers\.0\.keep_low is -1: take 0 or more'),
     (['upsamplers.0.blur_fraction=2.0'], r'upsamplers\.0\.blur_fraction is 2: take a fraction'),
     (['upsamplers.0.degradation=rain'], r"upsamplers\.0\.degradation is 'rain'.*blur, bsr"),
     (['decoder.diffusion.clip_x_0=-1.0'], r'decoder\.diffusion\.clip_x_0 is -1: take more than 0'),

@@ -186,7 +186,7 @@ class UpsamplerConfig:
   blur_sigma: float = 0.6
   blur_fraction: float = 1.0  # of the crops; what is always blurred in training is sharpened twice
   low_noise: float = 0.0  # most noise (of [-1, 1]) that training adds: a decoder leaves some too
-  keep_low: bool = False  # whether what is drawn, made small again, is the small image
+  keep_low: int = 0  # small pixels over whose means colours are brought back to the small image
   final_unet: bool = False  # Karlo: a second network takes the last step
 
 

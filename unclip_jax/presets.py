@@ -143,7 +143,7 @@ EMOJI_SMALL = UnclipConfig(
       low_noise=0.1,
       # Trained on crops, it moves the colours of whole pictures: by docs/emoji.md half of the
       # backgrounds.
-      keep_low=True,
+      keep_low=4,
     ),
   ),
 )

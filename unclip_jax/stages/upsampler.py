@@ -40,21 +40,26 @@ def upscale(image_bhwc: Array, size: int) -> Array:
   return jax.image.resize(image, (b, size, size, c), 'cubic', antialias=True)
 
 
-def back_project(image_bhwc: Array, low_bhwc: Array) -> Array:
-  """The image whose block means are brought to the small image: `image + enlarge(low - shrink)`.
+def back_project(image_bhwc: Array, low_bhwc: Array, block: int) -> Array:
+  """The image with its colours brought to the small image's: `image + enlarge(low - shrink)`.
 
-  One step of iterative back-projection (Irani and Peleg 1991): it takes back shifts of colour over
-  more than a few small pixels, such as a background's, and leaves the edges between.
+  A step of iterative back-projection (Irani and Peleg 1991) on means of blocks: it takes back
+  shifts of colour, such as a background's, and leaves to the upsampler what is finer.
 
   Args:
-    image_bhwc: [b, h, w, c].
-    low_bhwc: [b, h / n, w / n, c] in [-1, 1].
+    image_bhwc: [b, n * h, n * w, c].
+    low_bhwc: [b, h, w, c] in [-1, 1].
+    block: small pixels a side of a block; divides h and w.
   """
-  b, height, width, c = image_bhwc.shape
-  h, w = low_bhwc.shape[1:3]
-  shrunk = image_bhwc.reshape(b, h, height // h, w, width // w, c).mean(axis=(2, 4))
-  missing = jnp.clip(low_bhwc, -1, 1) - shrunk
-  return image_bhwc + jax.image.resize(missing, image_bhwc.shape, 'cubic', antialias=True)
+  b, _, _, c = image_bhwc.shape
+  rows, columns = low_bhwc.shape[1] // block, low_bhwc.shape[2] // block
+
+  def means(x: Array) -> Array:
+    tall, wide = x.shape[1] // rows, x.shape[2] // columns
+    return x.reshape(b, rows, tall, columns, wide, c).mean(axis=(2, 4))
+
+  missing = means(jnp.clip(low_bhwc, -1, 1)) - means(image_bhwc)
+  return image_bhwc + jax.image.resize(missing, image_bhwc.shape, 'linear', antialias=True)
 
 
 def loss(
@@ -157,4 +162,4 @@ def sample(
       trajectory = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), trajectory, last)
   else:
     x, trajectory = run('unet', plan, x_start)
-  return (back_project(x, low_bhwc) if config.keep_low else x), trajectory
+  return (back_project(x, low_bhwc, config.keep_low) if config.keep_low else x), trajectory

@@ -98,11 +98,16 @@ def _check_upsampler(name: str, stage: UpsamplerConfig) -> None:
     raise UnclipError(
       f'{name}.degradation is {stage.degradation!r}: take one of {", ".join(DEGRADATIONS)}'
     )
-  if stage.keep_low and (stage.low_size < 1 or stage.image_size % stage.low_size):
-    raise UnclipError(
-      f'{name}.low_size is {stage.low_size}: with keep_low it must divide {name}.image_size, '
-      f'{stage.image_size}'
-    )
+  if stage.keep_low < 0:
+    raise UnclipError(f'{name}.keep_low is {stage.keep_low}: take 0 or more')
+  sizes = {'low_size': stage.low_size, 'image_size': stage.image_size}
+  for field, size in sizes.items():
+    divisor = stage.keep_low if field == 'low_size' else stage.low_size
+    if stage.keep_low and (divisor < 1 or size % divisor):
+      raise UnclipError(
+        f'{name}.{field} is {size}: with a keep_low of {stage.keep_low} it must be a multiple of '
+        f'{divisor}'
+      )
 
 
 def _check_stages_meet(config: UnclipConfig) -> None:

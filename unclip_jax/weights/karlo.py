@@ -293,7 +293,7 @@ def _check(config: UnclipConfig) -> None:
     'clip.unit_norm is true: Karlo takes the projections as they are': not clip.unit_norm,
     f'there are {len(ups)} upsamplers: Karlo has one': len(ups) == 1,
     'upsamplers.0.final_unet is false': all(up.final_unet for up in ups),
-    'upsamplers.0.keep_low is true': not any(up.keep_low for up in ups),
+    'upsamplers.0.keep_low is not 0': not any(up.keep_low for up in ups),
     'clip.text.width is not clip.embed_dim': clip.text.width == clip.embed_dim,
   }
   if config.prior is None:
