@@ -227,8 +227,16 @@ def test_an_upsampler_that_keeps_the_small_image_is_one_that_projects_back_at_th
 @pytest.mark.parametrize(
   ('call', 'message'),
   [
-    (lambda: override_plan('diffusion.schedule=sqrt'), r"schedule 'sqrt'.*cosine or linear"),
-    (lambda: override_plan('sampling.spacing=even'), r"spacing 'even'.*strided, karlo or fast27"),
+    (
+      lambda: override_plan('diffusion.schedule=sqrt'),
+      r"schedule 'sqrt'.*cosine, linear or scaled_linear",
+    ),
+    (
+      lambda: override_plan('sampling.spacing=even'),
+      r"spacing 'even'.*strided, karlo, fast27, leading or tr",
+    ),
+    (lambda: override_plan('diffusion.betas=[0.1, 0.2]'), r'cosine schedule has no betas'),
+    (lambda: override_plan('sampling.spacing=leading', 'sampling.offset=400'), r'offset of 400'),
     (lambda: override_plan('sampling.num_steps=1001'), r'1001'),
     (lambda: override_plan('sampling.num_steps=0'), r'0'),
     (lambda: override_plan('sampling.spacing=fast27'), r'fast27 has 27 steps, not 3'),
@@ -241,12 +249,12 @@ def test_unknown_schedules_spacings_samplers_and_numbers_of_steps_are_named(call
     call()
 
 
-def override_plan(assignment):
-  config = override(CONFIG.prior, [assignment])
+def override_plan(*assignments):
+  config = override(CONFIG.prior, list(assignments))
   return common.make_plan(config.diffusion, config.sampling)
 
 
-@pytest.mark.parametrize('spacing', ['strided', 'karlo', 'fast27'])
+@pytest.mark.parametrize('spacing', ['strided', 'karlo', 'fast27', 'leading', 'trailing'])
 def test_plan_has_the_steps_that_the_config_asks_for(spacing):
   if spacing != 'fast27':
     plan = override_plan(f'sampling.spacing={spacing}')

@@ -84,8 +84,11 @@ class ClipConfig:
 class DiffusionConfig:
   """The noise schedule and what the network predicts."""
 
-  schedule: str = 'cosine'  # or 'linear'
+  schedule: str = 'cosine'  # or 'linear', 'scaled_linear'
   num_steps: int = 1000
+  betas: tuple[float, float] | None = (
+    None  # first and last, where not the schedule's own; not of cosine
+  )
   prediction: str = 'eps'  # or 'x_0', 'v'
   learned_variance: bool = False
   clip_x_0: float | None = None
@@ -100,9 +103,11 @@ class SamplingConfig:
 
   num_steps: int
   sampler: str = 'ddpm'  # or 'ddim'
-  spacing: str = 'strided'  # or 'karlo', 'fast27'
+  spacing: str = 'strided'  # or 'karlo', 'fast27', 'leading', 'trailing'
   variance: str = 'fixed_small'  # of ddpm: or 'fixed_large', 'learned'
   eta: float = 0.0  # of ddim
+  offset: int = 0  # of leading: added to each timestep
+  to_x_0: bool = True  # whether the last step ends without noise; else at that of timestep 0
   guidance_scale: float = 1.0
 
 

@@ -13,8 +13,10 @@ import pytest
 import torch
 from diffusers.schedulers import scheduling_ddpm, scheduling_unclip
 
+from unclip_jax.configs import DiffusionConfig, SamplingConfig
 from unclip_jax.diffusion import gaussian, guidance, samplers
 from unclip_jax.diffusion import schedule as sch
+from unclip_jax.stages import common
 from unclip_jax.types import Step
 
 SHAPE = (3, 4, 5, 3)
@@ -204,6 +206,41 @@ def test_ddim_scheduler(eta, limit, prediction_type, name, shipped):
     limit_x_0=bounds.get(limit),
   )
   assert worst < (AS_SHIPPED if shipped else EXACT)
+
+
+@pytest.mark.parametrize('num_steps', [10, 30, 500])
+@pytest.mark.parametrize('offset', [0, 1])
+@pytest.mark.parametrize('to_x_0', [False, True])
+@pytest.mark.parametrize('spacing', ['leading', 'trailing'])
+def test_stable_diffusions_plans(spacing, to_x_0, offset, num_steps):
+  """Schedule, spacing, offset and end as a scheduler_config.json names them."""
+  diffusion = DiffusionConfig(schedule='scaled_linear', betas=(0.00085, 0.012))
+  sampling = SamplingConfig(num_steps, spacing=spacing, offset=offset, to_x_0=to_x_0)
+  plan = common.make_plan(diffusion, sampling)
+  scheduler = diffusers.DDIMScheduler(
+    beta_schedule='scaled_linear',
+    beta_start=0.00085,
+    beta_end=0.012,
+    timestep_spacing=spacing,
+    steps_offset=offset,
+    set_alpha_to_one=to_x_0,
+    clip_sample=False,
+  )
+  scheduler.set_timesteps(num_steps)
+  # diffusers also steps from timestep 0 to itself, which changes nothing.
+  n = num_steps - int(not to_x_0 and scheduler.timesteps[-1].item() == 0)
+  assert plan.t.tolist() == scheduler.timesteps[:n].tolist()
+  np.testing.assert_allclose(plan.alpha_bar, scheduler.alphas_cumprod[plan.t], rtol=1e-4)
+  stride = 1000 // num_steps
+  previous = scheduler.timesteps - stride
+  ends = torch.where(
+    previous >= 0,
+    scheduler.alphas_cumprod[previous.clamp(min=0)],
+    torch.as_tensor(scheduler.final_alpha_cumprod),
+  )
+  # In trailing strides diffusers rounds each step down on its own, ours lead from one to the next.
+  exact = slice(None) if spacing == 'leading' or 1000 % num_steps == 0 else slice(-1, None)
+  np.testing.assert_allclose(plan.alpha_bar_next[exact], ends[:n][exact], rtol=1e-4)
 
 
 @pytest.mark.parametrize('prediction_type', ['epsilon', 'v_prediction'])

@@ -133,6 +133,22 @@ def linear_schedule(
   return Schedule(np.cumprod(1 - np.linspace(beta_start * scale, beta_end * scale, num_steps)))
 
 
+def scaled_linear_schedule(
+  num_steps: int = 1000, beta_start: float = 8.5e-4, beta_end: float = 0.012
+) -> Schedule:
+  """Stable Diffusion's schedule: the square roots of the betas are linear (Rombach et al. 2022).
+
+  Raises:
+    UnclipError: num_steps is below 1, or the betas do not rise within (0, 1).
+  """
+  num_steps = _count(num_steps, 'num_steps')
+  if not 0 < beta_start <= beta_end < 1:
+    raise UnclipError(
+      f'a schedule has betas from {beta_start:g} to {beta_end:g}: they must rise within (0, 1)'
+    )
+  return Schedule(np.cumprod(1 - np.linspace(beta_start**0.5, beta_end**0.5, num_steps) ** 2))
+
+
 def strided_timesteps(total: int, n: int) -> np.ndarray:
   """n evenly strided timesteps from total - 1 down to 0 (Improved DDPM, section 4).
 
@@ -165,6 +181,32 @@ def karlo_timesteps(total: int, n: int) -> np.ndarray:
   if n == 1:
     return np.array([total - 1])
   return np.round(np.arange(n) * ((total - 1) / (n - 1))).astype(np.int64)[::-1]
+
+
+def leading_timesteps(total: int, n: int, offset: int = 0) -> np.ndarray:
+  """n timesteps, multiples of total // n plus an offset, descending (DDIM; diffusers' 'leading').
+
+  Raises:
+    UnclipError: n is below 1 or above total, or the offset leads out of the chain.
+  """
+  n = _count(n, 'sampling steps', total)
+  timesteps = np.arange(n)[::-1] * (total // n) + offset
+  if offset < 0 or timesteps[0] >= total:
+    raise UnclipError(
+      f'{n} steps of {total // n} with an offset of {offset} leave the {total} of the schedule: '
+      'take other numbers'
+    )
+  return timesteps
+
+
+def trailing_timesteps(total: int, n: int) -> np.ndarray:
+  """n timesteps that begin at total - 1, in strides of total / n (Lin et al. 2024, table 2).
+
+  Raises:
+    UnclipError: n is below 1 or above total.
+  """
+  n = _count(n, 'sampling steps', total)
+  return np.round(total - np.arange(n) * (total / n)).astype(np.int64) - 1
 
 
 def fast27_timesteps(total: int) -> np.ndarray:

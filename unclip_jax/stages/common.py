@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from unclip_jax.configs import DiffusionConfig, SamplingConfig
 from unclip_jax.diffusion import gaussian, guidance, samplers, schedule
@@ -16,12 +17,19 @@ def make_schedule(config: DiffusionConfig) -> schedule.Schedule:
   Raises:
     UnclipError: an unknown schedule.
   """
+  betas = config.betas or ()
   match config.schedule:
-    case 'cosine':
+    case 'cosine' if not betas:
       return schedule.cosine_schedule(config.num_steps)
     case 'linear':
-      return schedule.linear_schedule(config.num_steps)
-  raise UnclipError(f'there is no schedule {config.schedule!r}: take cosine or linear')
+      return schedule.linear_schedule(config.num_steps, *betas)
+    case 'scaled_linear':
+      return schedule.scaled_linear_schedule(config.num_steps, *betas)
+    case 'cosine':
+      raise UnclipError('the cosine schedule has no betas to choose: take linear or scaled_linear')
+  raise UnclipError(
+    f'there is no schedule {config.schedule!r}: take cosine, linear or scaled_linear'
+  )
 
 
 def make_plan(diffusion: DiffusionConfig, sampling: SamplingConfig) -> Step:
@@ -41,9 +49,19 @@ def make_plan(diffusion: DiffusionConfig, sampling: SamplingConfig) -> Step:
       if n != schedule.FAST27_STEPS:
         raise UnclipError(f'fast27 has 27 steps, not {n}: take 27, or the spacing strided')
       timesteps = schedule.fast27_timesteps(total)
-    case _:
-      raise UnclipError(f'there is no spacing {sampling.spacing!r}: take strided, karlo or fast27')
-  return schedule.make_plan(make_schedule(diffusion), timesteps)
+    case 'leading':
+      timesteps = schedule.leading_timesteps(total, n, sampling.offset)
+    case 'trailing':
+      timesteps = schedule.trailing_timesteps(total, n)
+    case other:
+      raise UnclipError(
+        f'there is no spacing {other!r}: take strided, karlo, fast27, leading or trailing'
+      )
+  if not sampling.to_x_0 and timesteps[-1] > 0:
+    timesteps = np.append(timesteps, 0)
+  # From timestep 0 to itself nothing would change: such a step is left out.
+  to_x_0 = sampling.to_x_0 or len(timesteps) == 1
+  return schedule.make_plan(make_schedule(diffusion), timesteps, to_x_0=to_x_0)
 
 
 def make_sampler(name: str, variance: str, eta: Array | float = 0.0) -> samplers.Sampler:

@@ -164,7 +164,7 @@ def _check_resnet(name: str, tower: ResNetConfig) -> None:
 
 def _check_diffusion(name: str, diffusion: DiffusionConfig) -> None:
   words = {
-    'schedule': (diffusion.schedule, ('cosine', 'linear')),
+    'schedule': (diffusion.schedule, ('cosine', 'linear', 'scaled_linear')),
     'prediction': (diffusion.prediction, ('eps', 'x_0', 'v')),
   }
   for field, (word, known) in words.items():

@@ -30,7 +30,7 @@ class Sampling:
     guidance_scale: 0 or more; 1 is conditional only and costs half. Not for upsamplers.
     eta: of ddim, from 0 (deterministic) to 1 (the noise of ddpm).
     variance: of ddpm, 'fixed_small', 'fixed_large' or 'learned'.
-    spacing: of the timesteps, 'strided', 'karlo' or 'fast27'.
+    spacing: of the timesteps, 'strided', 'karlo', 'fast27', 'leading' or 'trailing'.
   """
 
   num_steps: int | None = None
