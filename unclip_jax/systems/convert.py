@@ -106,7 +106,7 @@ def _write_components(params: Params, rules: list[Rule], out: epath.Path, dtype:
     component, _, rest = name.rpartition('/')
     components.setdefault(component, {})[rest] = tensor.astype(jnp.dtype(dtype))
   for component, tensors in components.items():
-    is_transformers = component in ('', 'text_encoder', 'image_encoder')
+    is_transformers = component in ('', *karlo.OF_TRANSFORMERS)
     stem = 'model' if is_transformers else 'diffusion_pytorch_model'
     save_params(out / component / f'{stem}.safetensors', tensors, metadata=_OF_TORCH)
 

@@ -15,7 +15,6 @@ from unclip_jax.configs import (
   PriorConfig,
   SamplingConfig,
   UnclipConfig,
-  UNetConfig,
   UpsamplerConfig,
 )
 from unclip_jax.types import UnclipError
@@ -32,6 +31,8 @@ from unclip_jax.weights.rules import Rule, dense, layer_norm, same
 
 TEXT_TO_IMAGE, VARIATION = 'UnCLIPPipeline', 'UnCLIPImageVariationPipeline'
 
+# Components that transformers writes, by another file name.
+OF_TRANSFORMERS = ('text_encoder', 'image_encoder')
 IGNORED = (*transformers_clip.IGNORED, *diffusers_prior.IGNORED)
 # Where diffusers has it from 0.34 on. By 'unclip', as the public folders have it, 0.42 finds it no
 # more, nor by what it writes itself.
@@ -198,7 +199,6 @@ def _read_decoder(folder: epath.Path) -> DecoderConfig:
   fields.expect(time_embed_dim=unet.emb_dim, cross_attention_dim=unet.context_dim)
   fields.done()
   diffusion = _read_scheduler(folder, 'decoder_scheduler')
-  _check_outputs(folder / 'decoder', unet, diffusion)
   return DecoderConfig(
     image_size=size,
     embed_dim=embed_dim,
@@ -225,7 +225,6 @@ def _read_upsampler(folder: epath.Path, low_size: int) -> UpsamplerConfig:
     raise UnclipError(f'{folder}: super_res_first and super_res_last are of different sizes')
   unet, size = nets[0]
   diffusion = _read_scheduler(folder, 'super_res_scheduler')
-  _check_outputs(folder / 'super_res_first', unet, diffusion)
   return UpsamplerConfig(
     image_size=size,
     low_size=low_size,
@@ -270,15 +269,6 @@ def _write_scheduler(name: str, diffusion: DiffusionConfig) -> dict[str, Any]:
     'prediction_type': _PREDICTION_NAMES[diffusion.prediction],
     'beta_schedule': 'squaredcos_cap_v2',
   }
-
-
-def _check_outputs(path: epath.Path, unet: UNetConfig, diffusion: DiffusionConfig) -> None:
-  wanted = unet.in_channels * (2 if diffusion.learned_variance else 1)
-  if unet.out_channels != wanted:
-    raise UnclipError(
-      f'{path}: out_channels is {unet.out_channels}, but with the variance_type of its scheduler '
-      f'it must be {wanted}'
-    )
 
 
 def _check(config: UnclipConfig) -> None:
