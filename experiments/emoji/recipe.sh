@@ -36,7 +36,7 @@ if [ "$preset" = emoji_small ]; then
     --steps 2000 --batch-size 32 --pool-size 3072 --ema-decay 0.998
     --set optimizer.learning_rate=8e-4 "${decay[@]}"
   )
-  judge=(--steps 1200 --batch-size 128 --pool-size 16384 --save-every 300 --scene-fraction 0.4)
+  judge=(--steps 1000 --batch-size 128 --pool-size 16384 --save-every 250)
 else
   size=256
   clip=()
