@@ -252,7 +252,12 @@ def main(argv: list[str] | None = None) -> None:
   for other in ('z_t as z_i', 'caption alone'):
     gains = {
       name: bootstrap(values['prior'][name] * 1.0 - values[other][name], bench.labels)
-      for name in ('R@1 same ground', 'silhouette IoU', 'colour off by')
+      for name in (
+        'R@1 same ground',
+        'R@1 real, other ground',
+        'silhouette IoU',
+        'colour off by',
+      )
     }
     print(f'- The prior less {other}: ' + ', '.join(f'{k} {v}' for k, v in gains.items()))
   for stage, figure in find_the_weakest(bench, rows).items():
