@@ -293,6 +293,10 @@ def test_a_model_is_converted_and_opens_again(model, tmp_path, capsys):
   shutil.rmtree(tmp_path / 'orbax' / 'decoder.orbax')
   assert run('info', '--model', tmp_path / 'orbax') == 1
   assert 'names decoder.orbax, which is not there' in capsys.readouterr().err
+  assert run('convert', model, tmp_path / 'half') == 1
+  assert 'half is there already' in capsys.readouterr().err
+  assert run('convert', model, '') == 1
+  assert 'has no name' in capsys.readouterr().err
   for args, words in (
     (('--to', 'onnx'), "there is no format 'onnx'"),
     (('--dtype', 'int8'), "there is no dtype 'int8'"),

@@ -155,6 +155,18 @@ DAMAGES = {
     lambda m: edit_tensors(m / 'decoder' / NET, put('conv_in.weight', lambda x: x[0])),
     ['decoder/conv_in.weight of shape [3, 3, 3]'],
   ),
+  'a tensor of whole numbers': (
+    lambda m: edit_tensors(m / 'prior' / NET, put('clip_std', lambda x: x.astype(np.int32))),
+    ['prior/clip_std is of type int32'],
+  ),
+  'a decoder without its embedding': (
+    lambda m: edit_json(m / 'decoder' / 'config.json', class_embed_type=None),
+    ["class_embed_type is None: only 'identity'"],
+  ),
+  'no heads': (
+    lambda m: edit_json(m / 'prior' / 'config.json', num_attention_heads=0),
+    ['num_attention_heads is 0'],
+  ),
   'a NaN': (
     lambda m: edit_tensors(m / 'decoder' / NET, put('conv_in.weight', with_nan)),
     ['decoder/conv_in.weight holds a NaN'],

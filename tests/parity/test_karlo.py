@@ -131,8 +131,8 @@ def tensors_in(folder):
 def test_what_is_written_for_diffusers_is_what_was_read(karlo, tmp_path):
   folder, *_ = karlo
   for name in ('text', 'variation'):
-    convert(folder / name, tmp_path / 'ours', 'unclip')
-    convert(tmp_path / 'ours', tmp_path / name, 'diffusers')
+    convert(folder / name, tmp_path / f'our_{name}', 'unclip')
+    convert(tmp_path / f'our_{name}', tmp_path / name, 'diffusers')
     expected, written = tensors_in(folder / name), tensors_in(tmp_path / name)
     assert written.keys() == expected.keys()
     for key, tensor in expected.items():

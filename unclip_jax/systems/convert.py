@@ -17,7 +17,7 @@ from unclip_jax.types import Params, UnclipError
 from unclip_jax.weights import karlo, transformers_clip
 from unclip_jax.weights.folder import TOKENIZER_NAME, write_model
 from unclip_jax.weights.rules import Rule, write_tensors
-from unclip_jax.weights.safetensors import save_params, write_atomically
+from unclip_jax.weights.safetensors import reach, save_params, write_atomically
 
 FORMATS = ('unclip', 'orbax', 'diffusers', 'transformers')
 DTYPES = ('float32', 'bfloat16', 'float16')
@@ -36,7 +36,7 @@ def convert(
 
   Args:
     model: 'default', a folder of any known format, or a model of a hub.
-    out: the folder; what is in it stays, but for files of the same names.
+    out: a new folder, or an empty one: what lies in another would be opened along with the model.
     to: 'unclip', our own folder; 'orbax', the same with Orbax checkpoints; 'diffusers', a pipeline
       that diffusers opens and runs; 'transformers', the CLIP alone, as a `CLIPModel`.
     dtype: of what is written; our own format keeps vectors in float32.
@@ -49,9 +49,11 @@ def convert(
   for what, word, known in (('format', to, FORMATS), ('dtype', dtype, DTYPES)):
     if word not in known:
       raise UnclipError(f'there is no {what} {word!r}: take {", ".join(known)}')
-  opened, out = formats.open_model(loading.find_folder(model)), epath.Path(out)
-  if out.exists() and not out.is_dir():
-    raise UnclipError(f'{out} is a file: give the name of a folder')
+  if not os.fspath(out):
+    raise UnclipError('the output folder has no name: give one')
+  opened, out = formats.open_model(loading.find_folder(model)), reach(out)
+  if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    raise UnclipError(f'{out} is there already: give the name of a new folder')
   if to in ('unclip', 'orbax'):
     params = loading.read_stages(opened, jnp.float32)
     ending = '.orbax' if to == 'orbax' else '.safetensors'
@@ -104,7 +106,11 @@ def _write_components(params: Params, rules: list[Rule], out: epath.Path, dtype:
   components: dict[str, dict[str, np.ndarray]] = {}
   for name, tensor in write_tensors(params, rules).items():
     component, _, rest = name.rpartition('/')
-    components.setdefault(component, {})[rest] = tensor.astype(jnp.dtype(dtype))
+    with np.errstate(over='ignore'):
+      cast = tensor.astype(jnp.dtype(dtype))
+    if not np.isfinite(cast).all():
+      raise UnclipError(f'{name} does not fit into {dtype}: take bfloat16 or float32')
+    components.setdefault(component, {})[rest] = cast
   for component, tensors in components.items():
     is_transformers = component in ('', *karlo.OF_TRANSFORMERS)
     stem = 'model' if is_transformers else 'diffusion_pytorch_model'

@@ -128,7 +128,7 @@ def _open_pipeline(folder: epath.Path) -> Model:
   if name not in families:
     raise UnclipError(f'{path}: _class_name is {name!r}: only {", ".join(families)} can be opened')
   family = families[name]
-  config = family.read_config(folder)
+  config = _checked_config(family.read_config(folder), path)
 
   def stage(components: tuple[str, ...], rules: list[Any]) -> Stage:
     def read(expected: Params) -> Params:
@@ -162,10 +162,7 @@ def _checked(model: Model) -> Model:
   Raises:
     UnclipError: not so.
   """
-  try:
-    check_config(model.config)
-  except UnclipError as error:
-    raise UnclipError(f'{model.path}: {error}') from error
+  _checked_config(model.config, model.path)
   text, tokenizer = model.config.clip.text, model.tokenizer
   if tokenizer.vocab_size > text.vocab_size or tokenizer.context_length != text.context_length:
     raise UnclipError(
@@ -174,3 +171,11 @@ def _checked(model: Model) -> Model:
       'take the tokenizer of that model'
     )
   return model
+
+
+def _checked_config(config: UnclipConfig, path: epath.Path) -> UnclipConfig:
+  try:
+    check_config(config)
+  except UnclipError as error:
+    raise UnclipError(f'{path}: {error}') from error
+  return config

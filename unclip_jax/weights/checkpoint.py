@@ -129,19 +129,25 @@ def save_tree(folder: os.PathLike[str] | str, params: Params, dtype: Any = None)
   Args:
     folder: of the checkpoint.
     params: nested dicts of arrays.
-    dtype: what floating arrays are cast to; None keeps theirs.
+    dtype: what floating arrays of two or more axes are cast to, biases kept; None keeps theirs.
 
   Raises:
-    UnclipError: it could not be written, a full disk for instance.
+    UnclipError: an array holds a NaN or an infinity, or it could not be written, a full disk for
+      instance.
   """
 
-  def cast(leaf: Any) -> Any:
-    is_floating = jnp.issubdtype(leaf.dtype, jnp.floating)
-    return jnp.asarray(leaf, dtype if dtype is not None and is_floating else leaf.dtype)
+  def cast(name: str, leaf: Any) -> Any:
+    is_matrix = leaf.ndim > 1 and not name.endswith('bias')
+    is_cast = dtype is not None and is_matrix and jnp.issubdtype(leaf.dtype, jnp.floating)
+    leaf = jnp.asarray(leaf, dtype if is_cast else leaf.dtype)
+    if not jnp.isfinite(leaf).all():
+      raise UnclipError(f'{name} does not fit into {leaf.dtype}: take bfloat16 or float32')
+    return leaf
 
   folder = _absolute(folder)
+  leaves = [cast(name, leaf) for name, leaf in named_leaves(params).items()]
   try:
-    ocp.save(folder, jax.tree.map(cast, params), overwrite=True)
+    ocp.save(folder, jax.tree.unflatten(jax.tree.structure(params), leaves), overwrite=True)
   except (OSError, ValueError) as error:
     raise UnclipError(
       f'cannot write {folder} ({_first_line(error)}): free some space or choose another folder'

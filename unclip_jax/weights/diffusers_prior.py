@@ -23,6 +23,8 @@ def read_sizes(fields: Fields) -> dict[str, int]:
     fields.take('attention_head_dim', 64),
   )
   embed_dim = fields.take('embedding_dim', 768)
+  if num_heads < 1:
+    raise UnclipError(f'{fields.where}: num_attention_heads is {num_heads}: it must be 1 or more')
   fields.expect(
     additional_embeddings=4,
     time_embed_act_fn='silu',

@@ -200,7 +200,7 @@ def _read_unet(
   condition_channels: int = 0,
 ) -> UNetConfig:
   channels = fields.take_numbers('block_out_channels')
-  if any(width % channels[0] for width in channels):
+  if channels[0] < 1 or any(width % channels[0] for width in channels):
     raise UnclipError(
       f'{fields.where}: block_out_channels {list(channels)} are no multiples of the first'
     )

@@ -122,7 +122,7 @@ def read_manifest(folder: os.PathLike[str] | str) -> Manifest:
     )
   try:
     fields = json.loads(path.read_text(encoding='utf-8'))
-  except ValueError as error:
+  except (RecursionError, ValueError) as error:
     raise UnclipError(f'{path} is not valid JSON ({error}): download it again') from error
   except OSError as error:
     raise UnclipError(f'cannot read {path} ({error.strerror or error})') from error

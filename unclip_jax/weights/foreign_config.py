@@ -28,7 +28,7 @@ def read_json(path: epath.Path) -> dict[str, Any]:
     raise UnclipError(f'{path} is missing: copy or download the model again') from error
   except OSError as error:
     raise UnclipError(f'cannot read {path} ({error.strerror or error})') from error
-  except ValueError as error:
+  except (RecursionError, ValueError) as error:
     raise UnclipError(f'{path} is not valid JSON ({error}): download it again') from error
   if not isinstance(values, dict):
     raise UnclipError(f'{path} is not a JSON object: download it again')

@@ -188,7 +188,7 @@ def _read_prior(folder: epath.Path) -> PriorConfig:
 
 def _read_decoder(folder: epath.Path) -> DecoderConfig:
   fields = read_component_config(folder, 'decoder', 'UNet2DConditionModel')
-  fields.expect(class_embed_type='identity')
+  fields.choose('class_embed_type', {'identity': None})
   unet, size = diffusers_unet.read_condition_config(fields)
   fields.done()
   fields = read_component_config(folder, 'text_proj', 'UnCLIPTextProjModel')
@@ -279,6 +279,8 @@ def _check(config: UnclipConfig) -> None:
   needed = {
     'decoder.text is set: Karlo reads the states of CLIP': decoder.text is None,
     'decoder.draft_size is set: Karlo has no draft': not decoder.draft_size,
+    'decoder.diffusion.learned_variance is false': decoder.diffusion.learned_variance,
+    'the U-Net of the decoder has no attention': bool(decoder.unet.attention_levels),
     'decoder.embed_scale is not 1': decoder.embed_scale == 1,
     'clip.unit_norm is true: Karlo takes the projections as they are': not clip.unit_norm,
     f'there are {len(ups)} upsamplers: Karlo has one': len(ups) == 1,

@@ -120,6 +120,9 @@ def read_params(
   for rule in rules:
     leaves = [wanted[name] for name in rule.ours]
     sources = tuple(tensors.read(name) for name in rule.theirs)
+    for name, source in zip(rule.theirs, sources, strict=True):
+      if not jnp.issubdtype(source.dtype, jnp.floating):
+        raise UnclipError(f'{where}: {name} is of type {source.dtype}, not a floating-point one')
     dtypes = tuple(np.dtype(leaf.dtype) for leaf in leaves)
     # Small ones are laid out on the host: a program for their shapes would take longer to compile.
     is_large = sum(source.nbytes for source in sources) >= _LARGE

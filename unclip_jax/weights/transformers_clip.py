@@ -257,7 +257,8 @@ def write_vision_config(config: ClipConfig) -> dict[str, Any]:
   """
   vision = config.vision
   if not isinstance(vision, ViTConfig):
-    raise UnclipError('transformers has no CLIP with a convolutional image tower')
+    what = 'no image tower' if vision is None else 'a convolutional image tower'
+    raise UnclipError(f'the CLIP has {what}: transformers has no such CLIPModel')
   return {
     'architectures': ['CLIPVisionModelWithProjection'],
     'model_type': 'clip_vision_model',
