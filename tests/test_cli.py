@@ -241,16 +241,20 @@ def test_variations_of_a_picture(model, tmp_path, capsys):
   np.testing.assert_array_equal(pixels(out / 'a-cat-red-00.png'), samples.images[0])
 
 
-@pytest.mark.parametrize('mode', ['RGB', 'RGBA', 'LA', 'L', 'P', '1', 'CMYK', 'I;16', 'F'])
+@pytest.mark.parametrize(
+  'mode', ['RGB', 'RGBA', 'LA', 'L', 'P', '1', 'CMYK', 'I;16', 'F', 'F to 1']
+)
 def test_a_picture_of_any_mode_is_read(mode, tmp_path):
   levels = np.arange(0, 240, 40, dtype=np.uint8).reshape(2, 3)
-  path = tmp_path / ('picture.tif' if mode in ('CMYK', 'F') else 'picture.png')
+  path = tmp_path / ('picture.tif' if mode in ('CMYK', 'F', 'F to 1') else 'picture.png')
   grey = Image.fromarray(levels)
   match mode:
     case 'I;16':
       picture = Image.fromarray(levels.astype(np.uint16) * 257)
-    case 'F':
-      picture = Image.fromarray(levels.astype(np.float32))
+    case 'F' | 'F to 1':
+      levels[0, 0] = 255
+      divisor = 255 if mode == 'F to 1' else 1
+      picture = Image.fromarray(levels.astype(np.float32) / divisor)
     case 'RGBA' | 'LA':
       picture = grey.convert(mode)
       picture.putalpha(Image.fromarray(np.uint8([[255, 255, 255], [255, 255, 0]])))

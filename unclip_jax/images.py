@@ -74,7 +74,10 @@ def read_picture(path: os.PathLike[str] | str) -> np.ndarray:
         picture = ImageOps.exif_transpose(picture)
         if picture.mode.startswith(('I', 'F')):  # 16 bits or more a pixel
           levels = np.asarray(picture, np.float64)
+          levels = np.nan_to_num(levels)
           largest = 65535 if levels.max() > 255 else 255
+          if picture.mode == 'F' and levels.max() <= 1:
+            largest = 1
           picture = Image.fromarray(np.uint8(np.clip(levels / largest, 0, 1) * 255 + 0.5))
         if picture.has_transparency_data:
           picture = picture.convert('RGBA')

@@ -26,6 +26,8 @@ _ENDINGS = (
   '.bin',
   '.bin.index.json',
   '.fp16.bin',
+  '.bin.index.fp16.json',
+  '.bf16.safetensors',
 )
 
 
