@@ -74,6 +74,10 @@ def describe(default: SamplingConfig, asked: Sampling) -> dict[str, Any]:
   """The settings that have an effect, ready for json.dumps."""
   used = dataclasses.asdict(merge(default, asked))
   del used['variance' if used['sampler'] == 'ddim' else 'eta']
+  if used['spacing'] != 'leading':
+    del used['offset']
+  if used['to_x_0']:
+    del used['to_x_0']
   return used
 
 
