@@ -320,6 +320,7 @@ def open_files() -> str:
   return '\n'.join([*names, Path('/proc/self/maps').read_text()])
 
 
+# Only Linux lists what a process has mapped: elsewhere there is nothing to ask.
 @pytest.mark.skipif(not Path('/proc/self/maps').exists(), reason='asks Linux what is open')
 @pytest.mark.parametrize('damage', ['none', 'a shard cut short', 'a refused archive'])
 def test_nothing_stays_open(sharded, damage):

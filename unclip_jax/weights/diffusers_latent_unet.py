@@ -5,6 +5,7 @@ from typing import Any
 
 from unclip_jax.configs import LatentUNetConfig
 from unclip_jax.types import UnclipError
+from unclip_jax.weights.diffusers_unet import res_block
 from unclip_jax.weights.foreign_config import Fields
 from unclip_jax.weights.layouts import Layout
 from unclip_jax.weights.rules import (
@@ -243,12 +244,12 @@ def rules(config: LatentUNetConfig) -> list[Rule]:
     has_attention = level in config.attention_levels
     for i in range(n):
       skip = i == 0 and before != width
-      result += _res_block(f'down_blocks_{level}_{i}', f'{down}.resnets.{i}', skip)
+      result += res_block(f'down_blocks_{level}_{i}', f'{down}.resnets.{i}', skip)
       if has_attention:
         ours = f'down_attention_{level}_{i}'
         result += _transformer(ours, f'{down}.attentions.{i}', config, level)
     for i in range(n + 1):
-      result += _res_block(f'up_blocks_{level}_{i}', f'{up}.resnets.{i}', skip=True)
+      result += res_block(f'up_blocks_{level}_{i}', f'{up}.resnets.{i}', has_skip=True)
       if has_attention:
         ours = f'up_attention_{level}_{i}'
         result += _transformer(ours, f'{up}.attentions.{i}', config, level)
@@ -257,19 +258,8 @@ def rules(config: LatentUNetConfig) -> list[Rule]:
     if level > 0:
       result += conv(f'upsamplers_{level - 1}', f'{up}.upsamplers.0.conv')
   for i in range(2):
-    result += _res_block(f'middle_blocks_{i}', f'mid_block.resnets.{i}', skip=False)
+    result += res_block(f'middle_blocks_{i}', f'mid_block.resnets.{i}', has_skip=False)
   return result + _transformer('middle_attention', 'mid_block.attentions.0', config, levels - 1)
-
-
-def _res_block(ours: str, theirs: str, skip: bool) -> list[Rule]:
-  return [
-    *group_norm(f'{ours}.norm_in', f'{theirs}.norm1'),
-    *conv(f'{ours}.conv_in', f'{theirs}.conv1'),
-    *dense(f'{ours}.emb_proj', f'{theirs}.time_emb_proj'),
-    *group_norm(f'{ours}.norm_out', f'{theirs}.norm2'),
-    *conv(f'{ours}.conv_out', f'{theirs}.conv2'),
-    *(conv(f'{ours}.skip', f'{theirs}.conv_shortcut') if skip else []),
-  ]
 
 
 def _transformer(ours: str, theirs: str, config: LatentUNetConfig, level: int) -> list[Rule]:

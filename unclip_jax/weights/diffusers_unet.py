@@ -170,11 +170,11 @@ def rules(config: UNetConfig, ours: str, theirs: str = '') -> list[Rule]:
     down, up = f'{theirs}down_blocks.{level}', f'{theirs}up_blocks.{levels - 1 - level}'
     widens = level > 0 and config.multipliers[level] != config.multipliers[level - 1]
     for i in range(n):
-      result += _res_block(
+      result += res_block(
         f'{ours}down_blocks_{level}_{i}', f'{down}.resnets.{i}', i == 0 and widens
       )
     for i in range(n + 1):
-      result += _res_block(f'{ours}up_blocks_{level}_{i}', f'{up}.resnets.{i}', True)
+      result += res_block(f'{ours}up_blocks_{level}_{i}', f'{up}.resnets.{i}', True)
     if level in config.attention_levels:
       for i in range(n):
         name = f'{ours}down_attention_{level}_{i}'
@@ -182,14 +182,26 @@ def rules(config: UNetConfig, ours: str, theirs: str = '') -> list[Rule]:
       for i in range(n + 1):
         result += _attention(f'{ours}up_attention_{level}_{i}', f'{up}.attentions.{i}', config)
     if level < levels - 1:
-      result += _res_block(f'{ours}downsamplers_{level}', f'{down}.downsamplers.0', False)
+      result += res_block(f'{ours}downsamplers_{level}', f'{down}.downsamplers.0', False)
     if level > 0:
-      result += _res_block(f'{ours}upsamplers_{level - 1}', f'{up}.upsamplers.0', False)
+      result += res_block(f'{ours}upsamplers_{level - 1}', f'{up}.upsamplers.0', False)
   for i in range(2):
-    result += _res_block(f'{ours}middle_blocks_{i}', f'{theirs}mid_block.resnets.{i}', False)
+    result += res_block(f'{ours}middle_blocks_{i}', f'{theirs}mid_block.resnets.{i}', False)
   if config.attention_levels:
     result += _attention(f'{ours}middle_attention', f'{theirs}mid_block.attentions.0', config)
   return result
+
+
+def res_block(ours: str, theirs: str, has_skip: bool) -> list[Rule]:
+  """A `ResnetBlock2D` with a timestep; `has_skip` where it changes the channels."""
+  return [
+    *group_norm(f'{ours}.norm_in', f'{theirs}.norm1'),
+    *conv(f'{ours}.conv_in', f'{theirs}.conv1'),
+    *dense(f'{ours}.emb_proj', f'{theirs}.time_emb_proj'),
+    *group_norm(f'{ours}.norm_out', f'{theirs}.norm2'),
+    *conv(f'{ours}.conv_out', f'{theirs}.conv2'),
+    *(conv(f'{ours}.skip', f'{theirs}.conv_shortcut') if has_skip else []),
+  ]
 
 
 def _read_unet(
@@ -237,17 +249,6 @@ def _attention_levels(fields: Fields) -> tuple[int, ...]:
   if [len(up) - 1 - i for i, name in enumerate(up) if name == _ATTENTION[1]][::-1] != levels:
     raise UnclipError(f'{fields.where}: up_block_types {up} do not mirror down_block_types {down}')
   return tuple(levels)
-
-
-def _res_block(ours: str, theirs: str, has_skip: bool) -> list[Rule]:
-  return [
-    *group_norm(f'{ours}.norm_in', f'{theirs}.norm1'),
-    *conv(f'{ours}.conv_in', f'{theirs}.conv1'),
-    *dense(f'{ours}.emb_proj', f'{theirs}.time_emb_proj'),
-    *group_norm(f'{ours}.norm_out', f'{theirs}.norm2'),
-    *conv(f'{ours}.conv_out', f'{theirs}.conv2'),
-    *(conv(f'{ours}.skip', f'{theirs}.conv_shortcut') if has_skip else []),
-  ]
 
 
 def _attention(ours: str, theirs: str, config: UNetConfig) -> list[Rule]:

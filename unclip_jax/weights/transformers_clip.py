@@ -59,18 +59,12 @@ def read_text_config(values: Mapping[str, Any], where: str) -> tuple[TextConfig,
     UnclipError: a field asks for what ours does not do.
   """
   fields = Fields(values, where)
-  width = fields.take('hidden_size', 512)
   config = TextConfig(
     vocab_size=fields.take('vocab_size', 49408),
     context_length=fields.take('max_position_embeddings', 77),
-    width=width,
-    depth=fields.take('num_hidden_layers', 12),
-    num_heads=fields.take('num_attention_heads', 8),
-    mlp_activation=fields.choose('hidden_act', _ACTIVATIONS, 'quick_gelu'),
-    mlp_width=_mlp_width(fields, width, 2048),
+    **_read_tower(fields, width=512, num_heads=8),
   )
   embed_dim = fields.take('projection_dim', 512)
-  fields.expect(layer_norm_eps=1e-5)
   _finish(fields)
   return config, embed_dim
 
@@ -82,18 +76,13 @@ def read_vision_config(values: Mapping[str, Any], where: str) -> tuple[ViTConfig
     UnclipError: a field asks for what ours does not do.
   """
   fields = Fields(values, where)
-  width = fields.take('hidden_size', 768)
   config = ViTConfig(
     image_size=fields.take('image_size', 224),
     patch_size=fields.take('patch_size', 32),
-    width=width,
-    depth=fields.take('num_hidden_layers', 12),
-    num_heads=fields.take('num_attention_heads', 12),
-    mlp_activation=fields.choose('hidden_act', _ACTIVATIONS, 'quick_gelu'),
-    mlp_width=_mlp_width(fields, width, 3072),
+    **_read_tower(fields, width=768, num_heads=12),
   )
   embed_dim = fields.take('projection_dim', 512)
-  fields.expect(layer_norm_eps=1e-5, num_channels=3)
+  fields.expect(num_channels=3)
   _finish(fields)
   return config, embed_dim
 
@@ -300,9 +289,18 @@ def _write_tower(tower: TextConfig | ViTConfig) -> dict[str, Any]:
   }
 
 
-def _mlp_width(fields: Fields, width: int, default: int) -> int | None:
-  mlp_width = fields.take('intermediate_size', default)
-  return None if mlp_width == 4 * width else mlp_width
+def _read_tower(fields: Fields, width: int, num_heads: int) -> dict[str, Any]:
+  """What both towers have; the arguments are transformers' defaults."""
+  default_mlp, width = 4 * width, fields.take('hidden_size', width)
+  mlp_width = fields.take('intermediate_size', default_mlp)
+  fields.expect(layer_norm_eps=1e-5)
+  return {
+    'width': width,
+    'depth': fields.take('num_hidden_layers', 12),
+    'num_heads': fields.take('num_attention_heads', num_heads),
+    'mlp_activation': fields.choose('hidden_act', _ACTIVATIONS, 'quick_gelu'),
+    'mlp_width': None if mlp_width == 4 * width else mlp_width,
+  }
 
 
 def _finish(fields: Fields) -> None:
