@@ -3,7 +3,7 @@
 import pytest
 from tiny_model import CONFIG
 
-from unclip_jax.configs import override
+from unclip_jax.config_json import override
 from unclip_jax.presets import preset
 from unclip_jax.systems.checks import check_config
 from unclip_jax.types import UnclipError

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from random_params import randomised
 
-from unclip_jax.configs import LatentUNetConfig, from_json, to_json
+from unclip_jax.config_json import from_json, to_json
+from unclip_jax.configs import LatentUNetConfig
 from unclip_jax.nn.latent_unet import CrossAttentionBlock, LatentUNet
 from unclip_jax.types import UnclipError
 from unclip_jax.weights.diffusers_latent_unet import read_config, rules, write_config

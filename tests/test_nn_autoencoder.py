@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from random_params import randomised
 
-from unclip_jax.configs import AutoencoderConfig, from_json, to_json
+from unclip_jax.config_json import from_json, to_json
+from unclip_jax.configs import AutoencoderConfig
 from unclip_jax.nn.autoencoder import Autoencoder
 from unclip_jax.stages import autoencoder
 from unclip_jax.types import UnclipError

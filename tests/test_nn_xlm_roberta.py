@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from random_params import randomised
 
-from unclip_jax.configs import XlmRobertaConfig, from_json, to_json
+from unclip_jax.config_json import from_json, to_json
+from unclip_jax.configs import XlmRobertaConfig
 from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.nn.xlm_roberta import XlmRoberta
 from unclip_jax.types import UnclipError

@@ -10,7 +10,7 @@ import pytest
 from random_params import randomised
 from tiny_stages import CONFIG, STATISTICS, keys, make_text, normal, random_params
 
-from unclip_jax.configs import override
+from unclip_jax.config_json import override
 from unclip_jax.diffusion import samplers
 from unclip_jax.stages import common, decoder, diffusion_prior, upsampler
 from unclip_jax.types import UnclipError

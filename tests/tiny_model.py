@@ -7,7 +7,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from unclip_jax.configs import UnclipConfig, override, to_json
+from unclip_jax.config_json import override, to_json
+from unclip_jax.configs import UnclipConfig
 from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.presets import preset
 from unclip_jax.systems.loading import expected_params

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from random_params import randomised
 
-from unclip_jax.configs import override
+from unclip_jax.config_json import override
 from unclip_jax.nn.clip import TextFeatures
 from unclip_jax.presets import TINY
 from unclip_jax.stages import diffusion_prior

@@ -1,16 +1,10 @@
-"""Every configuration as a frozen dataclass, and their way to and from JSON and the command line.
+"""Every configuration as a frozen dataclass.
 
-The presets are in `presets.py`. A config is hashable, so that it can be a static argument of jit.
+The presets are in `presets.py`, the way to and from JSON in `config_json.py`. A config is hashable,
+so that it can be a static argument of jit.
 """
 
 import dataclasses
-import json
-import types
-import typing
-from collections.abc import Sequence
-from typing import Any
-
-from unclip_jax.types import UnclipError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +66,8 @@ class ResNetConfig:
 class ClipConfig:
   """CLIP: two towers into one space."""
 
-  text: TextConfig
-  vision: ViTConfig | ConvTowerConfig | ResNetConfig | None  # None: the model came without it
+  text: TextConfig | None  # None: the model came without it
+  vision: ViTConfig | ConvTowerConfig | ResNetConfig | None
   embed_dim: int
   unit_norm: bool = True  # Karlo and Kandinsky use the projections as they are
   pixel_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -265,101 +259,76 @@ class AutoencoderConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class KandinskyDecoderConfig:
+  """Kandinsky's decoder of latents: an ADM U-Net that sees z_i, and in 2.1 the caption too.
+
+  What stands for no z_i is CLIP's embedding of a picture of zeros.
+  """
+
+  image_size: int  # of the latent
+  embed_dim: int
+  unet: UNetConfig
+  diffusion: DiffusionConfig
+  sampling: SamplingConfig
+  num_image_tokens: int
+  text_width: int | None = None  # of the states of the decoder's own text encoder (2.1); None: 2.2
+  text_embed_dim: int | None = None  # of what it pools them to
+
+
+@dataclasses.dataclass(frozen=True)
+class StableUnclipDecoderConfig:
+  """Stable unCLIP's decoder of latents: Stable Diffusion's U-Net, given a noised z_i as a class.
+
+  What stands for no z_i is a class embedding of zeros.
+  """
+
+  image_size: int  # of the latent
+  embed_dim: int
+  unet: LatentUNetConfig
+  diffusion: DiffusionConfig
+  sampling: SamplingConfig
+  z_i_diffusion: DiffusionConfig  # how z_i is noised
+  noise_level: int = 0  # the timestep that z_i is noised to unless the caller asks otherwise
+
+
+@dataclasses.dataclass(frozen=True)
+class GlideDecoderConfig:
+  """GLIDE's base network: the caption alone, and where it inpaints a masked picture."""
+
+  image_size: int
+  unet: UNetConfig  # condition_channels: 4 to inpaint (the picture and its mask)
+  diffusion: DiffusionConfig
+  sampling: SamplingConfig
+  text: TextConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class GlideUpsamplerConfig:
+  """GLIDE's upsampler, which reads the caption as well."""
+
+  image_size: int
+  low_size: int
+  unet: UNetConfig  # condition_channels: 3 of the small picture, and 4 more to inpaint
+  diffusion: DiffusionConfig
+  sampling: SamplingConfig
+  text: TextConfig
+  temperature: float = 0.997  # of the noise that it starts from
+
+
+AnyDecoderConfig = (
+  DecoderConfig | KandinskyDecoderConfig | StableUnclipDecoderConfig | GlideDecoderConfig
+)
+AnyUpsamplerConfig = UpsamplerConfig | GlideUpsamplerConfig
+
+
+@dataclasses.dataclass(frozen=True)
 class UnclipConfig:
   """The whole system; public weights may come without some of its stages."""
 
-  clip: ClipConfig
+  clip: ClipConfig | None  # None: GLIDE knows no CLIP
   prior: PriorConfig | None
-  decoder: DecoderConfig | None
-  upsamplers: tuple[UpsamplerConfig, ...] = ()
-
-
-def to_json(config: Any) -> dict[str, Any]:
-  """A config as plain dicts and lists, ready for json.dumps."""
-  return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
-def from_json(cls: type, values: Any, where: str = 'config') -> Any:
-  """The inverse of `to_json`.
-
-  Raises:
-    UnclipError: on an unknown field, a missing one or a value of another type; names it.
-  """
-  if not isinstance(values, dict):
-    raise UnclipError(f'{where}: expected an object, got {type(values).__name__}')
-  fields = {f.name: f for f in dataclasses.fields(cls)}
-  if unknown := sorted(set(values) - set(fields)):
-    raise UnclipError(f'{where}: unknown field {unknown[0]!r} (it has: {", ".join(fields)})')
-  required = {n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING}
-  if missing := sorted(required - set(values)):
-    raise UnclipError(f'{where}: field {missing[0]!r} is missing')
-  hints = typing.get_type_hints(cls)
-  return cls(**{k: _convert(hints[k], v, f'{where}.{k}') for k, v in values.items()})
-
-
-def override(config: Any, assignments: Sequence[str]) -> Any:
-  """Applies `path.to.field=value` assignments, values as JSON (or a bare word).
-
-  Example: `override(config, ['decoder.unet.channels=64', 'decoder.unet.multipliers=[1,2]'])`. As
-  Transformers have a width, `decoder.width` is short for `decoder.unet.channels`.
-
-  Raises:
-    UnclipError: for a field that does not exist or a value of another type; names it.
-  """
-  values = to_json(config)
-  for assignment in assignments:
-    path, equals, text = assignment.partition('=')
-    if not equals:
-      raise UnclipError(f'--set {assignment!r}: write it as path.to.field=value')
-    try:
-      value = json.loads(text)
-    except json.JSONDecodeError:
-      value = text
-    *parents, leaf = path.strip().split('.')
-    node = values
-    for i, name in enumerate([*parents, leaf]):
-      key: Any = int(name) if isinstance(node, list) and name.isdigit() else name
-      if key == 'width' and isinstance(node, dict) and 'unet' in node:
-        node, key = node['unet'], 'channels'
-      known = range(len(node)) if isinstance(node, list) else node if isinstance(node, dict) else ()
-      if key not in known:
-        place = '.'.join([*parents, leaf][:i]) or 'the config'
-        raise UnclipError(f'--set {path}: {place} has no field {name!r}; it has: {_names(node)}')
-      if i < len(parents):
-        node = node[key]
-      else:
-        node[key] = value
-  return from_json(type(config), values, 'config')
-
-
-def _names(node: Any) -> str:
-  if isinstance(node, dict):
-    return ', '.join(node)
-  return f'0 to {len(node) - 1}' if isinstance(node, list) and node else 'nothing'
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-  """`value` from JSON as the type of a field, or an UnclipError that names the field."""
-  if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-    options = typing.get_args(hint)
-    if value is None and type(None) in options:
-      return None
-    options = [o for o in options if o is not type(None)]
-    if len(options) > 1 and isinstance(value, dict):
-      # Towers differ in their fields: the best match is the one meant, and reports its errors.
-      options.sort(key=lambda o: len({f.name for f in dataclasses.fields(o)} ^ set(value)))
-    return _convert(options[0], value, where)
-  if dataclasses.is_dataclass(hint):
-    return from_json(hint, value, where)
-  if typing.get_origin(hint) is tuple:
-    if not isinstance(value, list):
-      raise UnclipError(f'{where}: expected a list, got {value!r}')
-    args = typing.get_args(hint)
-    if args[-1] is not Ellipsis and len(args) != len(value):
-      raise UnclipError(f'{where}: expected {len(args)} values, got {len(value)}')
-    return tuple(_convert(args[0], v, f'{where}.{i}') for i, v in enumerate(value))
-  if hint is float and type(value) is int:
-    return float(value)
-  if type(value) is not hint:
-    raise UnclipError(f'{where}: expected {hint.__name__}, got {value!r}')
-  return value
+  decoder: AnyDecoderConfig | None
+  upsamplers: tuple[AnyUpsamplerConfig, ...] = ()
+  # Of a decoder whose captions are read by neither CLIP nor itself.
+  decoder_text: XlmRobertaConfig | TextConfig | None = None
+  autoencoder: AutoencoderConfig | None = None  # where the decoder paints latents

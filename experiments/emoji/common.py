@@ -19,7 +19,7 @@ from experiments.emoji.compose import load_sprites
 from experiments.emoji.domain import make_vocabulary
 from experiments.emoji.pool import Pool, make_pool
 from experiments.emoji.vocabulary import fit_to_tokenizer
-from unclip_jax import configs
+from unclip_jax import config_json, configs
 from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.nn.clip import TextFeatures
 from unclip_jax.presets import preset
@@ -163,11 +163,11 @@ def parse_options(
       raise UnclipError(f'--{name.replace("_", "-")} {value:g}: take a fraction from 0 to {most:g}')
   if args.dtype not in ('float32', 'bfloat16'):
     raise UnclipError(f'--dtype {args.dtype}: take float32 or bfloat16')
-  config = configs.override(fit_to_tokenizer(chosen, Tokenizer.load(TOKENIZER)), theirs)
+  config = config_json.override(fit_to_tokenizer(chosen, Tokenizer.load(TOKENIZER)), theirs)
   if args.stage not in range(len(config.upsamplers)):
     raise UnclipError(f'--stage {args.stage}: the preset has {len(config.upsamplers)} upsamplers')
   check_config(config)
-  optimizer = configs.override(optimizer, ours)
+  optimizer = config_json.override(optimizer, ours)
   try:
     make_learning_rate(optimizer, args.steps)
   except UnclipError as error:
@@ -205,7 +205,7 @@ def save_options(train: TrainConfig, folder: Path) -> None:
     if name not in ('config', 'optimizer', 'styles', 'groups', 'labels')
   }
   options |= {'styles': train.styles, 'groups': train.groups, 'labels': train.labels}
-  options |= {'config': configs.to_json(train.config), 'optimizer': vars(train.optimizer)}
+  options |= {'config': config_json.to_json(train.config), 'optimizer': vars(train.optimizer)}
   folder.mkdir(parents=True, exist_ok=True)
   (folder / 'options.json').write_text(json.dumps(options, indent=2) + '\n')
 
@@ -363,7 +363,7 @@ def export_stage(
   The stages that are there already keep the configs that they were trained with. The vocabulary is
   that of the last stage that read captions.
   """
-  config, stages, vocabulary = configs.to_json(train.config), (), None
+  config, stages, vocabulary = config_json.to_json(train.config), (), None
   if (train.run / MANIFEST_NAME).exists():
     there, vocabulary = read_manifest(train.run), read_vocabulary(train.run)
     stages = tuple(there.stages)

@@ -11,7 +11,7 @@ import twins
 from diffusers.schedulers import scheduling_unclip
 
 import unclip_jax
-from unclip_jax.configs import override
+from unclip_jax.config_json import override
 from unclip_jax.diffusion import samplers
 from unclip_jax.diffusion.schedule import cosine_schedule
 from unclip_jax.presets import preset

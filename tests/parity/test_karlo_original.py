@@ -19,7 +19,7 @@ import twins
 from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
 
 import unclip_jax
-from unclip_jax.configs import override
+from unclip_jax.config_json import override
 from unclip_jax.presets import KARLO
 from unclip_jax.systems import checks, formats, loading
 from unclip_jax.systems.convert import convert

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from unclip_jax.configs import to_json
+from unclip_jax.config_json import to_json
 from unclip_jax.systems import formats, loading
 from unclip_jax.systems.formats import Model
 from unclip_jax.types import Params, UnclipError

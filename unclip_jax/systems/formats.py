@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from unclip_jax.configs import UnclipConfig, from_json
+from unclip_jax.config_json import from_json
+from unclip_jax.configs import UnclipConfig
 from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.data.vocabulary import Vocabulary
 from unclip_jax.systems import clip_formats, karlo_format
@@ -28,6 +29,7 @@ from unclip_jax.weights.rules import read_params
 from unclip_jax.weights.safetensors import load_params
 
 TOKENIZER_FOLDER = 'tokenizer'
+_FAMILIES = {name: family for family in (karlo,) for name in family.NAMES}
 
 
 class Stage(NamedTuple):
@@ -123,24 +125,24 @@ def _read_ours(path: epath.Path, expected: Params) -> Params:
 
 def _open_pipeline(folder: epath.Path) -> Model:
   path = folder / INDEX_NAME
-  name, _ = read_components(folder)
-  families = {karlo.TEXT_TO_IMAGE: karlo, karlo.VARIATION: karlo}
-  if name not in families:
-    raise UnclipError(f'{path}: _class_name is {name!r}: only {", ".join(families)} can be opened')
-  family = families[name]
-  config = _checked_config(family.read_config(folder), path)
+  name, components = read_components(folder)
+  if name not in _FAMILIES:
+    raise UnclipError(f'{path}: _class_name is {name!r}: only {", ".join(_FAMILIES)} can be opened')
+  family = _FAMILIES[name]
+  for extra in family.EXTRA:
+    if (folder / extra).exists():
+      components[extra] = folder / extra
+  config = _checked_config(family.read_config(components), path)
 
-  def stage(components: tuple[str, ...], rules: list[Any]) -> Stage:
+  def stage(names: tuple[str, ...], rules: list[Any]) -> Stage:
     def read(expected: Params) -> Params:
-      with open_components(folder, components) as tensors:
+      with open_components({name: components[name] for name in names}) as tensors:
         return read_params(tensors, rules, expected, str(folder), family.IGNORED)
 
-    return Stage(read, tuple(find_weights(folder / component) for component in components))
+    return Stage(read, tuple(find_weights(components[name]) for name in names))
 
-  stages = {
-    name: stage(components, rules) for name, (components, rules) in family.rules(config).items()
-  }
-  tokenizer = Tokenizer.from_transformers(folder / TOKENIZER_FOLDER)
+  stages = {name: stage(names, rules) for name, (names, rules) in family.rules(config).items()}
+  tokenizer = Tokenizer.from_transformers(components[family.TOKENIZER])
   return _checked(Model(folder, path, f'diffusers ({name})', config, tokenizer, None, stages))
 
 

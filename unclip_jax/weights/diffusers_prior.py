@@ -2,49 +2,34 @@
 
 from typing import Any
 
-from unclip_jax.configs import PriorConfig
+from etils import epath
+
+from unclip_jax.configs import PriorConfig, SamplingConfig
 from unclip_jax.types import UnclipError
 from unclip_jax.weights import layouts
+from unclip_jax.weights.diffusers_schedulers import read_unclip_scheduler
 from unclip_jax.weights.foreign_config import Fields
+from unclip_jax.weights.foreign_folder import read_component_config
 from unclip_jax.weights.rules import Rule, dense, heads_in, heads_out, layer_norm
 
 # A mask that follows from the sequence.
 IGNORED = ('causal_attention_mask',)
 
 
-def read_sizes(fields: Fields) -> dict[str, int]:
-  """The sizes of a `PriorConfig` from those of a `PriorTransformer`.
+def read_config(folder: epath.Path, scheduler_folder: epath.Path) -> PriorConfig:
+  """The config of a `PriorTransformer` with its scheduler, sampled as all pipelines default to.
 
   Raises:
-    UnclipError: a field asks for what ours does not do.
+    UnclipError: a file is missing, or a field asks for what ours does not do.
   """
-  num_heads, head_dim = (
-    fields.take('num_attention_heads', 32),
-    fields.take('attention_head_dim', 64),
+  sizes = _read_sizes(read_component_config(folder, 'PriorTransformer'))
+  return PriorConfig(
+    **sizes,
+    diffusion=read_unclip_scheduler(scheduler_folder),
+    sampling=SamplingConfig(num_steps=25, spacing='karlo', guidance_scale=4.0),
+    unit_norm=False,
+    num_candidates=1,
   )
-  embed_dim = fields.take('embedding_dim', 768)
-  if num_heads < 1:
-    raise UnclipError(f'{fields.where}: num_attention_heads is {num_heads}: it must be 1 or more')
-  fields.expect(
-    additional_embeddings=4,
-    time_embed_act_fn='silu',
-    encoder_hid_proj_type='linear',
-    added_emb_type='prd',
-    dropout=0.0,
-    time_embed_dim=num_heads * head_dim,
-    embedding_proj_dim=embed_dim,
-    clip_embed_dim=embed_dim,
-  )
-  sizes = {
-    'embed_dim': embed_dim,
-    'text_width': embed_dim,  # diffusers has one width for both
-    'context_length': fields.take('num_embeddings', 77),
-    'width': num_heads * head_dim,
-    'depth': fields.take('num_layers', 20),
-    'num_heads': num_heads,
-  }
-  fields.done()
-  return sizes
 
 
 def write_config(config: PriorConfig) -> dict[str, Any]:
@@ -101,3 +86,34 @@ def rules(config: PriorConfig, theirs: str = '') -> list[Rule]:
       *dense(f'{ours}.mlp_out', f'{block}.ff.net.2'),
     ]
   return result
+
+
+def _read_sizes(fields: Fields) -> dict[str, int]:
+  """The sizes of a `PriorConfig` from those of a `PriorTransformer`."""
+  num_heads, head_dim = (
+    fields.take('num_attention_heads', 32),
+    fields.take('attention_head_dim', 64),
+  )
+  embed_dim = fields.take('embedding_dim', 768)
+  if num_heads < 1:
+    raise UnclipError(f'{fields.where}: num_attention_heads is {num_heads}: it must be 1 or more')
+  fields.expect(
+    additional_embeddings=4,
+    time_embed_act_fn='silu',
+    encoder_hid_proj_type='linear',
+    added_emb_type='prd',
+    dropout=0.0,
+    time_embed_dim=num_heads * head_dim,
+    embedding_proj_dim=embed_dim,
+    clip_embed_dim=embed_dim,
+  )
+  sizes = {
+    'embed_dim': embed_dim,
+    'text_width': embed_dim,  # diffusers has one width for both
+    'context_length': fields.take('num_embeddings', 77),
+    'width': num_heads * head_dim,
+    'depth': fields.take('num_layers', 20),
+    'num_heads': num_heads,
+  }
+  fields.done()
+  return sizes

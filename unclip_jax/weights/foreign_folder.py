@@ -31,8 +31,15 @@ _ENDINGS = (
 )
 
 
-def read_components(folder: epath.Path) -> tuple[str, dict[str, str]]:
-  """The pipeline's class of `model_index.json`, and the class of each component that is there.
+class Components(dict[str, epath.Path]):
+  """The folders of a pipeline's components, by their names."""
+
+  def __missing__(self, name: str) -> epath.Path:
+    raise UnclipError(f'the model has no component {name!r}: copy or download it again')
+
+
+def read_components(folder: epath.Path) -> tuple[str, Components]:
+  """The pipeline's class of `model_index.json`, and the folder of each component that it names.
 
   Raises:
     UnclipError: the file is missing, or is none of diffusers'.
@@ -42,24 +49,24 @@ def read_components(folder: epath.Path) -> tuple[str, dict[str, str]]:
   name = values.get('_class_name')
   if not isinstance(name, str):
     raise UnclipError(f'{path} has no _class_name: it is no pipeline of diffusers')
-  components = {}
+  components = Components()
   for component, entry in values.items():
     if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str):
       if '/' in component or '\\' in component or component.startswith('.'):
         raise UnclipError(f'{path} names a component {component!r}: only folders inside are read')
-      components[component] = entry[1]
+      components[component] = folder / component
   return name, components
 
 
 def read_component_config(
-  folder: epath.Path, component: str, class_name: str | Sequence[str], name: str = CONFIG_NAME
+  folder: epath.Path, class_name: str | Sequence[str], name: str = CONFIG_NAME
 ) -> Fields:
   """The config of a component, which has to be of one of these classes.
 
   Raises:
     UnclipError: it is missing, or of another class.
   """
-  path = folder / component / name
+  path = folder / name
   values = read_json(path)
   names = (class_name,) if isinstance(class_name, str) else tuple(class_name)
   found = values.get('_class_name', names[0])
@@ -90,15 +97,16 @@ class Joined:
 
 
 @contextlib.contextmanager
-def open_components(folder: epath.Path, components: Sequence[str]) -> Iterator[Joined]:
-  """The tensors of some components.
+def open_components(folders: Mapping[str, epath.Path]) -> Iterator[Joined]:
+  """The tensors of components, each in a folder of its own.
 
   Raises:
     UnclipError: one has no weights, or its files are damaged.
   """
   with contextlib.ExitStack() as stack:
     parts: dict[str, Any] = {
-      name: stack.enter_context(open_tensors(find_weights(folder / name))) for name in components
+      name: stack.enter_context(open_tensors(find_weights(folder)))
+      for name, folder in folders.items()
     }
     yield Joined(parts)
 

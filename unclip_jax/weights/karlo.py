@@ -6,30 +6,31 @@ the files.
 
 from typing import Any
 
-from etils import epath
-
 from unclip_jax.configs import (
   ClipConfig,
   DecoderConfig,
-  DiffusionConfig,
-  PriorConfig,
   SamplingConfig,
   UnclipConfig,
   UpsamplerConfig,
 )
 from unclip_jax.types import UnclipError
 from unclip_jax.weights import diffusers_prior, diffusers_unet, layouts, transformers_clip
+from unclip_jax.weights.diffusers_schedulers import read_unclip_scheduler, write_unclip_scheduler
 from unclip_jax.weights.foreign_config import read_json
 from unclip_jax.weights.foreign_folder import (
   CONFIG_NAME,
   INDEX_NAME,
   SCHEDULER_CONFIG_NAME,
+  Components,
   read_component_config,
-  read_components,
 )
 from unclip_jax.weights.rules import Rule, dense, layer_norm, same
 
 TEXT_TO_IMAGE, VARIATION = 'UnCLIPPipeline', 'UnCLIPImageVariationPipeline'
+NAMES = (TEXT_TO_IMAGE, VARIATION)
+# Where both pipelines lie in one folder, the index names the components of one.
+EXTRA = ('image_encoder', 'feature_extractor')
+TOKENIZER, DECODER_TOKENIZER = 'tokenizer', None
 
 # Components that transformers writes, by another file name.
 OF_TRANSFORMERS = ('text_encoder', 'image_encoder')
@@ -37,25 +38,23 @@ IGNORED = (*transformers_clip.IGNORED, *diffusers_prior.IGNORED)
 # Where diffusers has it from 0.34 on. By 'unclip', as the public folders have it, 0.42 finds it no
 # more, nor by what it writes itself.
 _TEXT_PROJ_MODULE = 'diffusers.pipelines.deprecated.unclip.text_proj'
-_PREDICTIONS = {'epsilon': 'eps', 'sample': 'x_0'}
-_PREDICTION_NAMES = {ours: theirs for theirs, ours in _PREDICTIONS.items()}
-_VARIANCES = {'fixed_small_log': False, 'learned_range': True}  # whether it is learned
 
 
-def read_config(folder: epath.Path) -> UnclipConfig:
-  """The config of a folder; without a prior, or without an image tower, where it has none.
+def read_config(folders: Components) -> UnclipConfig:
+  """The config from the folders of components; without prior or image tower where there is none.
 
   Raises:
     UnclipError: a file is missing, or a field asks for what ours does not do.
   """
-  _, components = read_components(folder)
-  clip = _read_clip(folder)
-  decoder = _read_decoder(folder)
+  clip = _read_clip(folders)
+  decoder = _read_decoder(folders)
   return UnclipConfig(
     clip=clip,
-    prior=_read_prior(folder) if 'prior' in components else None,
+    prior=diffusers_prior.read_config(folders['prior'], folders['prior_scheduler'])
+    if 'prior' in folders
+    else None,
     decoder=decoder,
-    upsamplers=(_read_upsampler(folder, decoder.image_size),),
+    upsamplers=(_read_upsampler(folders, decoder.image_size),),
   )
 
 
@@ -135,13 +134,13 @@ def write_configs(
     'super_res_last': diffusers_unet.write_config(up.unet, up.image_size),
   }
   schedulers = {
-    'decoder_scheduler': _write_scheduler('decoder', decoder.diffusion),
-    'super_res_scheduler': _write_scheduler('upsamplers.0', up.diffusion),
+    'decoder_scheduler': write_unclip_scheduler('decoder', decoder.diffusion),
+    'super_res_scheduler': write_unclip_scheduler('upsamplers.0', up.diffusion),
   }
   others = {}
   if config.prior is not None:
     files['prior'] = diffusers_prior.write_config(config.prior)
-    schedulers['prior_scheduler'] = _write_scheduler('prior', config.prior.diffusion)
+    schedulers['prior_scheduler'] = write_unclip_scheduler('prior', config.prior.diffusion)
   if clip.vision is not None:
     files['image_encoder'] = transformers_clip.write_vision_config(clip)
     path = f'feature_extractor/{transformers_clip.PREPROCESSOR_NAME}'
@@ -163,42 +162,31 @@ def write_configs(
   return {**result, **others, INDEX_NAME: index}
 
 
-def _read_clip(folder: epath.Path) -> ClipConfig:
-  text = read_json(folder / 'text_encoder' / CONFIG_NAME)
+def _read_clip(folders: Components) -> ClipConfig:
+  text = read_json(folders['text_encoder'] / CONFIG_NAME)
   vision = preprocessor = None
-  # Where both pipelines lie in one folder, the index names the components of one.
-  if (folder / 'image_encoder' / CONFIG_NAME).exists():
-    vision = read_json(folder / 'image_encoder' / CONFIG_NAME)
-    path = folder / 'feature_extractor' / transformers_clip.PREPROCESSOR_NAME
-    preprocessor = read_json(path) if path.exists() else None
-  return transformers_clip.read_config(text, vision, preprocessor, str(folder), unit_norm=False)
+  if 'image_encoder' in folders:
+    vision = read_json(folders['image_encoder'] / CONFIG_NAME)
+    if 'feature_extractor' in folders:
+      path = folders['feature_extractor'] / transformers_clip.PREPROCESSOR_NAME
+      preprocessor = read_json(path) if path.exists() else None
+  where = str(folders['text_encoder'].parent)
+  return transformers_clip.read_config(text, vision, preprocessor, where, unit_norm=False)
 
 
-def _read_prior(folder: epath.Path) -> PriorConfig:
-  fields = read_component_config(folder, 'prior', 'PriorTransformer')
-  diffusion = _read_scheduler(folder, 'prior_scheduler')
-  return PriorConfig(
-    **diffusers_prior.read_sizes(fields),
-    diffusion=diffusion,
-    sampling=SamplingConfig(num_steps=25, spacing='karlo', guidance_scale=4.0),
-    unit_norm=False,
-    num_candidates=1,
-  )
-
-
-def _read_decoder(folder: epath.Path) -> DecoderConfig:
-  fields = read_component_config(folder, 'decoder', 'UNet2DConditionModel')
+def _read_decoder(folders: Components) -> DecoderConfig:
+  fields = read_component_config(folders['decoder'], 'UNet2DConditionModel')
   fields.choose('class_embed_type', {'identity': None})
   unet, size = diffusers_unet.read_condition_config(fields)
   fields.done()
-  fields = read_component_config(folder, 'text_proj', 'UnCLIPTextProjModel')
+  fields = read_component_config(folders['text_proj'], 'UnCLIPTextProjModel')
   num_tokens, embed_dim = (
     fields.take('clip_extra_context_tokens', 4),
     fields.take('clip_embeddings_dim'),
   )
   fields.expect(time_embed_dim=unet.emb_dim, cross_attention_dim=unet.context_dim)
   fields.done()
-  diffusion = _read_scheduler(folder, 'decoder_scheduler')
+  diffusion = read_unclip_scheduler(folders['decoder_scheduler'])
   return DecoderConfig(
     image_size=size,
     embed_dim=embed_dim,
@@ -215,16 +203,18 @@ def _read_decoder(folder: epath.Path) -> DecoderConfig:
   )
 
 
-def _read_upsampler(folder: epath.Path, low_size: int) -> UpsamplerConfig:
+def _read_upsampler(folders: Components, low_size: int) -> UpsamplerConfig:
   nets = []
   for name in ('super_res_first', 'super_res_last'):
-    fields = read_component_config(folder, name, 'UNet2DModel')
+    fields = read_component_config(folders[name], 'UNet2DModel')
     nets.append(diffusers_unet.read_unconditional_config(fields, condition_channels=3))
     fields.done()
   if nets[0] != nets[1]:
-    raise UnclipError(f'{folder}: super_res_first and super_res_last are of different sizes')
+    raise UnclipError(
+      f'{folders["super_res_first"]} and {folders["super_res_last"]} are of different sizes'
+    )
   unet, size = nets[0]
-  diffusion = _read_scheduler(folder, 'super_res_scheduler')
+  diffusion = read_unclip_scheduler(folders['super_res_scheduler'])
   return UpsamplerConfig(
     image_size=size,
     low_size=low_size,
@@ -233,42 +223,6 @@ def _read_upsampler(folder: epath.Path, low_size: int) -> UpsamplerConfig:
     sampling=SamplingConfig(num_steps=7, spacing='karlo'),
     final_unet=True,
   )
-
-
-def _read_scheduler(folder: epath.Path, name: str) -> DiffusionConfig:
-  fields = read_component_config(folder, name, 'UnCLIPScheduler', SCHEDULER_CONFIG_NAME)
-  clips = fields.take('clip_sample', True)
-  limit = fields.take('clip_sample_range', 1.0)
-  fields.expect(beta_schedule='squaredcos_cap_v2')
-  diffusion = DiffusionConfig(
-    schedule='cosine',
-    num_steps=fields.take('num_train_timesteps', 1000),
-    prediction=fields.choose('prediction_type', _PREDICTIONS, 'epsilon'),
-    learned_variance=fields.choose('variance_type', _VARIANCES, 'fixed_small_log'),
-    clip_x_0=limit if clips else None,
-  )
-  fields.done()
-  return diffusion
-
-
-def _write_scheduler(name: str, diffusion: DiffusionConfig) -> dict[str, Any]:
-  if diffusion.prediction not in _PREDICTION_NAMES:
-    raise UnclipError(
-      f'{name}.diffusion.prediction is {diffusion.prediction}: Karlo has eps or x_0'
-    )
-  if diffusion.schedule != 'cosine':
-    raise UnclipError(f'{name}.diffusion.schedule is {diffusion.schedule}: Karlo has cosine')
-  if diffusion.dynamic_threshold is not None:
-    raise UnclipError(f'{name}.diffusion.dynamic_threshold is set: Karlo has clip_x_0')
-  return {
-    '_class_name': 'UnCLIPScheduler',
-    'num_train_timesteps': diffusion.num_steps,
-    'variance_type': 'learned_range' if diffusion.learned_variance else 'fixed_small_log',
-    'clip_sample': diffusion.clip_x_0 is not None,
-    'clip_sample_range': 1.0 if diffusion.clip_x_0 is None else diffusion.clip_x_0,
-    'prediction_type': _PREDICTION_NAMES[diffusion.prediction],
-    'beta_schedule': 'squaredcos_cap_v2',
-  }
 
 
 def _check(config: UnclipConfig) -> None:
