@@ -85,7 +85,8 @@ def main() -> None:
       **options('prior'),
     ),
     'decoder': programs.sample_decoder.trace(
-      params['decoder'], text, text, z_i, keys, *schedule('decoder'), image, **options('decoder')
+      params['decoder'], programs.Prompt(text, text, z_i), keys, *schedule('decoder'), image,
+      **options('decoder'),
     ),
   }  # fmt: skip
   for i, up in enumerate(config.upsamplers):
@@ -93,7 +94,7 @@ def main() -> None:
     plan, _, eta = schedule(name)
     large = array(b, up.image_size, up.image_size, 3)
     traced[name] = programs.sample_upsampler.trace(
-      params[name], image, keys, plan, eta, large, **options(name)
+      params[name], image, programs.Prompt(None, None, None), keys, plan, eta, large, **options(name)
     )
     image = large
   device = jax.devices()[0].device_kind if place is None else f'a chip of {args.topology}'

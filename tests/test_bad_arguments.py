@@ -11,7 +11,7 @@ from tiny_model import TEXTS, load_tiny, write_tiny_model
 import unclip_jax
 from unclip_jax import Sampling, StartNoise, UnclipError
 from unclip_jax.cli import main
-from unclip_jax.systems.pipeline import Progress
+from unclip_jax.systems.samples import Progress
 
 APPLE = TEXTS[0]
 

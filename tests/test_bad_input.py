@@ -343,6 +343,19 @@ DAMAGES = {
 }
 
 
+# `info` reads no weights.
+ONLY_READING_FINDS = {
+  'another architecture',
+  'weights cut short',
+  'empty weights',
+  'no safetensors',
+  'a NaN',
+  'a missing tensor',
+  'an extra tensor',
+  'a tensor of another shape',
+}
+
+
 @pytest.mark.parametrize('damage', DAMAGES)
 def test_a_model_that_is_not_whole(capsys, model, tmp_path, damage):
   change, parts = DAMAGES[damage]
@@ -351,7 +364,11 @@ def test_a_model_that_is_not_whole(capsys, model, tmp_path, damage):
   assert str(model) in line
   for part in parts:
     assert part in line
-  assert complaint(capsys, 'info', '--model', model) == line
+  if damage in ONLY_READING_FINDS:
+    main(['info', '--model', str(model)])
+    assert 'decoder' in capsys.readouterr().out
+  else:
+    assert complaint(capsys, 'info', '--model', model) == line
 
 
 def test_a_model_without_a_stage_serves_what_it_can(capsys, model, tmp_path):

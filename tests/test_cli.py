@@ -10,15 +10,17 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 from rich.console import Console
 from tiny_model import TEXTS, write_tiny_model
 
 import unclip_jax
 from unclip_jax.cli import main
+from unclip_jax.cli.info import num_bytes
 from unclip_jax.display import StageDisplay
 from unclip_jax.images import make_grid, read_picture, read_text, save_png, slugs
-from unclip_jax.systems.pipeline import Progress
+from unclip_jax.systems.samples import Progress
 
 ROOT = Path(__file__).parent.parent
 APPLE, ROCKET, _ = TEXTS
@@ -160,6 +162,42 @@ def test_info_describes_the_model(model, capsys):
   for part in ('clip', 'prior', 'decoder', 'upsampler 0', '16, 32 px', jax.__version__, 'MiB'):
     assert part in shown
   assert f'{len(jax.devices())} × {jax.devices()[0].device_kind}' in shown
+
+
+def test_info_reads_no_weights(model, capsys, monkeypatch):
+  """It serves for models that are larger than memory."""
+
+  def refuse(*args, **kwargs):
+    raise AssertionError('weights are read')
+
+  for place in ('ByteRanges.array', 'LazyTensor.read'):
+    monkeypatch.setattr(f'unclip_jax.weights.byte_ranges.{place}', refuse)
+  assert run('info', '--model', model) == 0
+  assert 'decoder' in capsys.readouterr().out
+
+
+def test_info_shows_a_stage_without_weights(model, tmp_path, capsys):
+  copy = Path(shutil.copytree(model, tmp_path / 'model'))
+  manifest = json.loads((copy / 'unclip.json').read_text())
+  del manifest['stages']['prior']
+  (copy / 'unclip.json').write_text(json.dumps(manifest))
+  assert run('info', '--model', copy) == 0
+  lines = capsys.readouterr().out.splitlines()
+  (prior,) = [line for line in lines if line.startswith('prior')]
+  params = dict(unclip_jax.load(copy).params)
+  assert 'missing' in prior
+  (total,) = [line for line in lines if line.startswith('all')]
+  assert f'{sum(leaf.size for leaf in jax.tree.leaves(params)):,}' in total
+
+
+def test_the_files_of_an_index_are_counted(tmp_path):
+  for name, size in (('1.bin', 100), ('2.bin', 30)):
+    (tmp_path / name).write_bytes(bytes(size))
+  index = epath.Path(tmp_path) / 'model.bin.index.json'
+  index.write_text(json.dumps({'weight_map': {'a': '1.bin', 'b': '2.bin', 'c': '1.bin'}}))
+  assert num_bytes(index) == 130 + len(index.read_text())
+  assert num_bytes(epath.Path(tmp_path) / '1.bin') == 100
+  assert num_bytes(epath.Path(tmp_path)) == 260 + len(index.read_text())
 
 
 @pytest.mark.parametrize('command', [['--help'], ['generate', '--help'], ['info', '--help'], []])

@@ -18,14 +18,13 @@ from random_params import randomised
 from safetensors.numpy import save_file
 
 import unclip_jax
+from unclip_jax.config_json import from_json, to_json
 from unclip_jax.configs import (
   ClipConfig,
   ResNetConfig,
   TextConfig,
   UnclipConfig,
   ViTConfig,
-  from_json,
-  to_json,
 )
 from unclip_jax.nn.clip_resnet import FrozenBatchNorm
 from unclip_jax.stages import clip

@@ -24,6 +24,7 @@ from experiments.emoji import (
   train_prior,
   train_upsampler,
 )
+from experiments.emoji.options import parse_options
 from unclip_jax.images import make_grid
 from unclip_jax.stages import clip
 from unclip_jax.systems.unclip import load
@@ -104,7 +105,7 @@ def test_a_killed_run_continues_with_the_same_losses_and_parameters(whole, tmp_p
 
 def test_a_stage_keeps_the_config_that_it_was_trained_with(whole, tmp_path):
   shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
-  train = common.parse_options(
+  train = parse_options(
     [
       f'--run={tmp_path}',
       *TINY,
@@ -127,7 +128,7 @@ def test_a_run_knows_the_words_that_its_last_stage_read(whole, tmp_path):
   assert 'red apple' in vocabulary.concepts and 'zebra' not in vocabulary.concepts
   shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
   wider = [f'--run={tmp_path}', *TINY, '--labels', 'zebra']
-  train = common.parse_options(wider, '', OptimizerConfig(), 4, 4)
+  train = parse_options(wider, '', OptimizerConfig(), 4, 4)
   params = load(whole).params
   common.export_stage(train, 'upsampler_0', params['upsampler_0'])
   assert load(tmp_path).vocabulary == vocabulary, 'an upsampler reads no captions'
@@ -139,7 +140,7 @@ def test_a_stage_starts_from_the_weights_that_a_model_has(whole, tmp_path):
   def start(params, init=whole):
     arguments = [] if init is None else [f'--init={init}']
     options = [f'--run={tmp_path}', *arguments, *TINY]
-    train = common.parse_options(options, '', OptimizerConfig(), 4, 4)
+    train = parse_options(options, '', OptimizerConfig(), 4, 4)
     return common.start_from(train, params, 'prior', 'network')
 
   theirs = load(whole).params['prior']['network']
@@ -152,7 +153,7 @@ def test_a_stage_starts_from_the_weights_that_a_model_has(whole, tmp_path):
     start({**fresh, 'query': np.zeros(3)})
   with pytest.raises(UnclipError, match='it has no upsampler_1, only'):
     options = [f'--run={tmp_path}', f'--init={whole}', *TINY]
-    train = common.parse_options(options, '', OptimizerConfig(), 4, 4)
+    train = parse_options(options, '', OptimizerConfig(), 4, 4)
     common.start_from(train, fresh, 'upsampler_1')
   with pytest.raises(UnclipError, match='nowhere'):
     start(fresh, init='nowhere')

@@ -7,13 +7,11 @@ import math
 import jax
 import pytest
 
+from unclip_jax.config_json import from_json, override, to_json
 from unclip_jax.configs import (
   ConvTowerConfig,
   UnclipConfig,
   ViTConfig,
-  from_json,
-  override,
-  to_json,
 )
 from unclip_jax.presets import KARLO, PAPER, PRESETS, TINY, preset
 from unclip_jax.stages import clip, decoder, diffusion_prior, upsampler

@@ -11,6 +11,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from hand_made_archives import (
   BIAS,
   BIAS_REF,
@@ -88,6 +89,46 @@ def write_header(folder: Path, header: str) -> Path:
   return path
 
 
+@pytest.mark.parametrize(
+  ('header', 'part'),
+  [
+    ('[]', 'is not a JSON object'),
+    ('{"x"', 'JSONDecodeError'),
+    ('{"x": 3}', 'x is described by 3'),
+    ('{"x": {"dtype": "F32", "shape": [0]}}', 'x is described by'),
+    ('{"x": {"dtype": ["F32"], "shape": [0], "data_offsets": [0, 0]}}', 'x is described by'),
+    ('{"x": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 0]}}', 'x is described by'),
+    ('{"x": {"dtype": "F32", "shape": [true], "data_offsets": [0, 4]}}', 'x is described by'),
+    ('{"x": {"dtype": "F32", "shape": 1, "data_offsets": [0, 4]}}', 'x is described by'),
+    ('{"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}', 'x takes the bytes 0 to 8'),
+    ('{"x": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}', 'x takes the bytes 0 to 4'),
+    ('{"x": {"dtype": "F32", "shape": [1], "data_offsets": [0]}}', 'x takes the bytes 0 to 4'),
+    ('{"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}', 'it should have'),
+    ('{"x": {"dtype": "F32", "shape": [9], "data_offsets": [0, 36]}}', 'it should have'),
+  ],
+)
+def test_a_header_of_safetensors_that_is_wrong_is_named(tmp_path, header, part):
+  path = write_header(tmp_path, header)
+  path.write_bytes(path.read_bytes() + bytes(8))
+  message = complaint(path)
+  assert f'{path} is cut short, damaged or of another format' in message
+  assert part in message
+
+
+def test_words_about_the_file_and_gaps_in_its_order_do_no_harm(tmp_path):
+  """Other programs write tensors in another order than their names, and empty ones anywhere."""
+  one = '{"dtype": "U8", "shape": [2], "data_offsets": [%d, %d]}'
+  none = '{"dtype": "F32", "shape": [0, 3], "data_offsets": [2, 2]}'
+  parts = f'"z": {one % (0, 2)}, "b": {one % (2, 4)}, "c": {none}'
+  path = write_header(tmp_path, f'{{"__metadata__": {{"format": "pt"}}, {parts}}}')
+  path.write_bytes(path.read_bytes() + bytes([1, 2, 3, 4]))
+  read = read_all(path)
+  assert list(read) == ['z', 'c', 'b']
+  assert_same(read['z'], np.array([1, 2], np.uint8))
+  assert_same(read['b'], np.array([3, 4], np.uint8))
+  assert read['c'].shape == (0, 3)
+
+
 def test_a_safetensors_name_given_twice_is_named(tmp_path):
   one = '"x": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}'
   assert 'the name x twice' in complaint(write_header(tmp_path, f'{{{one}, {one}}}'))
@@ -108,7 +149,6 @@ def test_places_that_hold_no_file(tmp_path):
   assert 'is a folder' in complaint(tmp_path)
   (tmp_path / 'x.safetensors').mkdir()
   assert 'is a folder' in complaint(tmp_path / 'x.safetensors')
-  assert 'copy it here first' in complaint('gs://bucket/model.safetensors')
 
 
 @pytest.mark.parametrize('name', ['x.safetensors', 'x.bin', 'x.safetensors.index.json'])
@@ -122,7 +162,6 @@ def test_an_empty_file_is_named(tmp_path, name):
   [
     b'\x89PNG\r\n\x1a\n' + bytes(64),
     b'<!doctype html><html></html>',
-    b'version https://git-lfs.github.com/spec/v1\n',
     b'x',
     pickle.dumps({'w': WEIGHT}),
   ],
@@ -138,11 +177,29 @@ def test_a_file_of_another_format_is_named(tmp_path, content):
   )
 
 
+POINTER = """version https://git-lfs.github.com/spec/v1
+oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393
+size 12345
+"""
+
+
+@pytest.mark.parametrize('name', ['x.safetensors', 'x.bin', 'x.safetensors.index.json'])
+def test_a_pointer_of_git_lfs_is_named(tmp_path, name):
+  (tmp_path / name).write_text(POINTER)
+  assert f'{tmp_path / name} is a pointer of Git LFS' in complaint(tmp_path / name)
+  assert 'run `git lfs pull`' in complaint(tmp_path / name)
+
+
+def test_a_shard_that_is_a_pointer_of_git_lfs_is_named(sharded):
+  (sharded.parent / 'm-2.safetensors').write_text(POINTER)
+  assert 'm-2.safetensors is a pointer of Git LFS' in complaint(sharded)
+
+
 def test_a_file_that_may_not_be_read_is_named(archive, monkeypatch):
   def deny(*args, **kwargs):
     raise PermissionError(13, 'Permission denied')
 
-  monkeypatch.setattr(Path, 'open', deny)
+  monkeypatch.setattr(type(epath.Path()), 'open', deny)
   assert f'cannot read {archive} (Permission denied)' in complaint(archive)
 
 

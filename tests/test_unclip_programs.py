@@ -111,12 +111,13 @@ def test_products_of_float32_are_not_rounded_on_any_machine(model, dtype):
       **sampled,
     ),
     lowered(
-      programs.sample_decoder, CONFIG.decoder, params['decoder'], text, text, text.z_t, key_b,
-      plan(CONFIG.decoder), two, one, noise(16), **sampled,
+      programs.sample_decoder, CONFIG.decoder, params['decoder'],
+      programs.Prompt(text, text, text.z_t), key_b, plan(CONFIG.decoder), two, one, noise(16),
+      **sampled,
     ),
     lowered(
-      programs.sample_upsampler, up, params['upsampler_0'], noise(16), key_b, plan(up), one,
-      noise(32), **sampled,
+      programs.sample_upsampler, up, params['upsampler_0'], noise(16),
+      programs.Prompt(None, None, None), key_b, plan(up), one, noise(32), **sampled,
     ),
   ]  # fmt: skip
   for program in texts:

@@ -103,13 +103,13 @@ def test_arrays_go_where_the_expected_ones_are(saved):
   assert all(a.sharding == place for a in jax.tree.leaves(load_params(path, like)))
 
 
-def test_remote_files_pass_through_a_local_copy(saved, monkeypatch):
+def test_a_file_of_a_store_is_sent_whole(saved, monkeypatch):
   path, params = saved
   # No bucket is at hand: a local file is treated as if it were in one.
-  monkeypatch.setattr('unclip_jax.weights.safetensors._is_remote', lambda path: True)
-  assert_same(load_params(path, expected_of(params)), params)
+  monkeypatch.setattr('unclip_jax.weights.safetensors.is_remote', lambda path: True)
   save_params(path.with_name('copy.safetensors'), params)
   assert path.with_name('copy.safetensors').read_bytes() == path.read_bytes()
+  assert only_files(path.parent) == {'prior.safetensors', 'copy.safetensors'}
 
 
 def test_two_parameters_of_one_stored_name_are_refused(tmp_path):
@@ -132,6 +132,13 @@ def test_truncated_file_is_named(saved, part):
   path.write_bytes(whole[: int(len(whole) * part)])
   with pytest.raises(UnclipError, match=r'prior\.safetensors is cut short'):
     load_params(path, expected_of(params))
+
+
+def test_a_pointer_of_git_lfs_is_named(tmp_path):
+  path = tmp_path / 'prior.safetensors'
+  path.write_text('version https://git-lfs.github.com/spec/v1\noid sha256:0a1b\nsize 12345\n')
+  with pytest.raises(UnclipError, match=r'prior\.safetensors is a pointer .*git lfs pull'):
+    load_params(path, {})
 
 
 @pytest.mark.parametrize('content', [b'\x89PNG\r\n\x1a\n' + bytes(64), b'{"a": 1}', b'PK\x03\x04'])

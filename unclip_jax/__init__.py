@@ -17,7 +17,7 @@ if TYPE_CHECKING:
   from unclip_jax.configs import UnclipConfig
   from unclip_jax.presets import preset
   from unclip_jax.stages import clip, decoder, diffusion_prior, upsampler
-  from unclip_jax.systems.pipeline import Progress, Samples, StartNoise, Trajectories
+  from unclip_jax.systems.samples import Progress, Samples, StartNoise, Trajectories
   from unclip_jax.systems.settings import Sampling
   from unclip_jax.systems.unclip import Unclip, generate, load
   from unclip_jax.types import UnclipError
@@ -49,11 +49,11 @@ __all__ = [
 
 # A name that is a module itself is not looked up in one.
 _HOMES = {
-  'Progress': 'systems.pipeline',
-  'Samples': 'systems.pipeline',
+  'Progress': 'systems.samples',
+  'Samples': 'systems.samples',
   'Sampling': 'systems.settings',
-  'StartNoise': 'systems.pipeline',
-  'Trajectories': 'systems.pipeline',
+  'StartNoise': 'systems.samples',
+  'Trajectories': 'systems.samples',
   'Unclip': 'systems.unclip',
   'UnclipConfig': 'configs',
   'UnclipError': 'types',

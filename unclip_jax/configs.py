@@ -87,6 +87,8 @@ class DiffusionConfig:
   learned_variance: bool = False
   clip_x_0: float | None = None
   dynamic_threshold: float | None = None  # a percentile; bounds x_0 in place of clip_x_0
+  threshold_max: float | None = None  # the most that it divides by
+  keep_eps: bool = False  # eps stays as predicted where x_0 is bounded, as in diffusers' DDIM
   min_snr_gamma: float | None = None
   noise_power: float = 0.0  # the loss is weighted by sigma_t ** noise_power
 

@@ -14,7 +14,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
-from unclip_jax.systems.pipeline import Progress as StageProgress
+from unclip_jax.systems.samples import Progress as StageProgress
 
 _WORDS = {'preparing': 'compiling', 'sampling': 'sampling', 'done': 'done'}
 

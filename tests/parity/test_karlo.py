@@ -2,9 +2,9 @@
 
 import diffusers
 import karlo_twin
+import loop_noise
 import numpy as np
 import pytest
-import safetensors.numpy
 import tiny_model
 import torch
 import twins
@@ -12,10 +12,8 @@ from diffusers.schedulers import scheduling_unclip
 
 import unclip_jax
 from unclip_jax.config_json import override
-from unclip_jax.diffusion import samplers
 from unclip_jax.diffusion.schedule import cosine_schedule
 from unclip_jax.presets import preset
-from unclip_jax.stages import common
 from unclip_jax.systems import programs
 from unclip_jax.systems.convert import convert
 
@@ -29,29 +27,19 @@ def karlo(tmp_path_factory):
 
 
 def noise_of(model, samples, seed):
-  """The noise that each stage of ours draws after its start, in the order of the steps."""
-  keys = programs.image_keys(np.uint32(seed), samples.indices.astype(np.uint32))
-  config = model.config
+  """The noise of all stages, in the order of the steps."""
+  config, start = model.config, samples.start_noise
   stages = [
-    (programs.PRIOR, config.prior, (config.clip.embed_dim,)),
-    (programs.DECODER, config.decoder, samples.start_noise.decoder.shape[1:]),
-    (programs.UPSAMPLER, config.upsamplers[0], samples.start_noise.upsamplers[0].shape[1:]),
+    (programs.DECODER, config.decoder, start.decoder.shape[1:]),
+    (programs.UPSAMPLER, config.upsamplers[0], start.upsamplers[0].shape[1:]),
   ]
-  noise = []
-  for stage, part, shape in stages if config.prior is not None else stages[1:]:
-    own = programs.stage_keys(keys, stage=stage)
-    if stage == programs.PRIOR:
-      own = programs.candidate_keys(own, num_candidates=1)[:, 0]
-    plan = common.make_plan(part.diffusion, part.sampling)
-    for row in list(zip(*plan, strict=True))[:-1]:  # the last step adds none
-      step = type(plan)(*row)
-      noise.append(karlo_twin.to_torch(np.asarray(samplers.step_noise(own, step, shape))))
-  return noise
+  if config.prior is not None:
+    stages.insert(0, (programs.PRIOR, config.prior, (config.clip.embed_dim,)))
+  return [x for stage in stages for x in loop_noise.of_stage(samples, seed, *stage)]
 
 
 def run_twin(pipeline, model, samples, seed, monkeypatch, **scales):
-  noise = iter(noise_of(model, samples, seed))
-  monkeypatch.setattr(scheduling_unclip, 'randn_tensor', lambda *args, **kwargs: next(noise))
+  noise = loop_noise.give(monkeypatch, scheduling_unclip, noise_of(model, samples, seed))
   start = samples.start_noise
   images = pipeline(
     list(samples.prompts),
@@ -106,8 +94,7 @@ def test_variations_of_a_picture_are_those_of_diffusers(karlo, monkeypatch):
   expected = parts['image_encoder'](pixels).image_embeds
   assert twins.deviation(np.asarray(z_i), expected) < 1e-5
   samples = model.sample(['', ''], seed=5, z_i=z_i)
-  noise = iter(noise_of(model, samples, 5))
-  monkeypatch.setattr(scheduling_unclip, 'randn_tensor', lambda *args, **kwargs: next(noise))
+  noise = loop_noise.give(monkeypatch, scheduling_unclip, noise_of(model, samples, 5))
   images = twin(
     image=pixels,
     decoder_latents=karlo_twin.to_torch(samples.start_noise.decoder),
@@ -119,21 +106,12 @@ def test_variations_of_a_picture_are_those_of_diffusers(karlo, monkeypatch):
   assert np.abs(samples.images / 255 - images).max() < 2 / 255
 
 
-def tensors_in(folder):
-  """All tensors below a folder of diffusers, by their files and names."""
-  return {
-    (str(path.parent.relative_to(folder)), name): tensor
-    for path in folder.rglob('*.safetensors')
-    for name, tensor in safetensors.numpy.load_file(path).items()
-  }
-
-
 def test_what_is_written_for_diffusers_is_what_was_read(karlo, tmp_path):
   folder, *_ = karlo
   for name in ('text', 'variation'):
     convert(folder / name, tmp_path / f'our_{name}', 'unclip')
     convert(tmp_path / f'our_{name}', tmp_path / name, 'diffusers')
-    expected, written = tensors_in(folder / name), tensors_in(tmp_path / name)
+    expected, written = twins.tensors_in(folder / name), twins.tensors_in(tmp_path / name)
     assert written.keys() == expected.keys()
     for key, tensor in expected.items():
       np.testing.assert_array_equal(written[key], tensor, str(key))

@@ -4,10 +4,12 @@ Their tensors come into our parameter trees, and back, by the rules of `unclip_j
 """
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import safetensors.numpy
 import torch
 
 from unclip_jax.weights.rules import Rule, read_params, write_tensors
@@ -106,3 +108,12 @@ def check_each_tensor_matters(
     changed = value + np.abs(value).mean() * rng.normal(size=value.shape).astype('f')
     worst = worst_deviation(run({**tensors, name: changed}), expected)
     assert worst > 10 * tolerance, f'{name} changes the outputs by {worst:.1e} only'
+
+
+def tensors_in(folder: Path) -> dict[tuple[str, str], np.ndarray]:
+  """All tensors below a folder of diffusers, by their folders and names."""
+  return {
+    (str(path.parent.relative_to(folder)), name): tensor
+    for path in folder.rglob('*.safetensors')
+    for name, tensor in safetensors.numpy.load_file(path).items()
+  }

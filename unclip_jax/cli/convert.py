@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 import unclip_jax
+from unclip_jax.cli.options import PriorModelOption
 
 
 def convert(
@@ -21,11 +22,12 @@ def convert(
   dtype: Annotated[
     str, typer.Option(help='Of what is written: float32, bfloat16 or float16.')
   ] = 'float32',
+  prior_model: PriorModelOption = None,
 ) -> None:
   """Write a model, public or trained here, in another format."""
   from unclip_jax.systems.convert import convert as write
   from unclip_jax.terminal import plain_warnings
 
   with plain_warnings():
-    write(model, out, to, dtype, f'unclip_jax {unclip_jax.__version__}')
+    write(model, out, to, dtype, f'unclip_jax {unclip_jax.__version__}', prior_model)
   print(out)

@@ -16,11 +16,13 @@ from unclip_jax.cli.options import (
   PRIOR,
   UPSAMPLER,
   ModelOption,
+  PriorModelOption,
   option,
   output_folder,
 )
 
 _SAMPLER_HELP = 'ddpm or ddim.'
+_STAGES = ('clip', 'prior', 'decoder_text', 'decoder', 'autoencoder')
 _ETA_HELP = 'Noise of ddim, from 0 (none) to 1 (as much as ddpm).'
 
 
@@ -36,6 +38,14 @@ def generate(
     typer.Option(
       metavar='FILE',
       help='Draw variations of this picture; with a PROMPT its words are seen as well.',
+      show_default=False,
+    ),
+  ] = None,
+  mask: Annotated[
+    str | None,
+    typer.Option(
+      metavar='FILE',
+      help='With a model that inpaints: a picture that is white where --image is painted anew.',
       show_default=False,
     ),
   ] = None,
@@ -66,6 +76,7 @@ def generate(
     option(OUTPUT, "Pixels: one of the sizes that 'unclip-jax info' lists. (default: the largest)"),
   ] = None,
   model: ModelOption = 'default',
+  prior_model: PriorModelOption = None,
   dtype: Annotated[
     str, typer.Option(help='float32 or bfloat16.', rich_help_panel=MACHINE)
   ] = 'float32',
@@ -83,6 +94,10 @@ def generate(
       rich_help_panel=MACHINE,
     ),
   ] = False,
+  tile: Annotated[
+    int | None,
+    option(MACHINE, 'Pixels a side that an autoencoder decodes at a time. (default: all)'),
+  ] = None,
   cache: Annotated[
     bool,
     typer.Option(
@@ -106,6 +121,9 @@ def generate(
     float | None, option(DECODER, 'How much the caption is stressed; 1 is as it is.')
   ] = None,
   decoder_eta: Annotated[float | None, option(DECODER, _ETA_HELP)] = None,
+  noise_level: Annotated[
+    int | None, option(DECODER, 'Stable unCLIP: the higher, the more pictures of one image differ.')
+  ] = None,
   upsampler_steps: Annotated[int | None, option(UPSAMPLER, 'Denoising steps.')] = None,
   upsampler_sampler: Annotated[str | None, option(UPSAMPLER, _SAMPLER_HELP)] = None,
   upsampler_eta: Annotated[float | None, option(UPSAMPLER, _ETA_HELP)] = None,
@@ -116,7 +134,7 @@ def generate(
   from unclip_jax.display import StageDisplay
   from unclip_jax.images import make_grid, read_picture, slugs
   from unclip_jax.systems import settings
-  from unclip_jax.systems.pipeline import Progress, Samples
+  from unclip_jax.systems.samples import Progress, Samples
   from unclip_jax.terminal import interrupts, memory_errors, plain_warnings, use_cache
   from unclip_jax.types import UnclipError
 
@@ -125,13 +143,17 @@ def generate(
   upsampler = settings.Sampling(upsampler_steps, upsampler_sampler, eta=upsampler_eta)
   if not prompts and image is None:
     raise typer.BadParameter('give a PROMPT, or the --image that is to be varied')
+  if mask is not None and (image is None or not prompts):
+    raise typer.BadParameter('--mask goes with an --image, and a PROMPT that says what to paint')
   use_cache(cache)
 
   with output_folder(out) as folder, plain_warnings(), memory_errors(), interrupts() as check:
     # Read first: a mistake in its name should not wait for a large model.
     picture = None if image is None else read_picture(image)
-    loaded = unclip_jax.load(model, dtype, devices, offload)
-    z_i = None if picture is None else loaded.encode_image(picture[None])
+    anew = None if mask is None else read_picture(mask).mean(axis=-1) > 127
+    loaded = unclip_jax.load(model, dtype, devices, offload, prior_model)
+    is_varied = picture is not None and mask is None
+    z_i = loaded.encode_image(picture[None]) if is_varied else None
     config = loaded.config
     captions = prompts or ['']
     ups = config.upsamplers[: settings.num_upsamplers(config, size)]
@@ -139,7 +161,7 @@ def generate(
       raise UnclipError(f'the model {model} has no decoder: it draws no pictures')
     described = {
       'model': model,
-      'size': ups[-1].image_size if ups else config.decoder.image_size,
+      'size': size or settings.sizes(config)[len(ups)],
       'dtype': dtype,
       'negative_prompt': negative_prompt,
       **_describe_source(config, image, prior, prior_candidates),
@@ -166,8 +188,9 @@ def generate(
       check()
       display(event)
 
-    source = [] if image else ['prior']
-    stages = ['clip', *source, 'decoder', *(f'upsampler_{i}' for i in range(len(ups)))]
+    skipped = ('prior',) if is_varied else ()
+    stages = [name for name in _STAGES if getattr(config, name) and name not in skipped]
+    stages += [f'upsampler_{i}' for i in range(len(ups))]
     with StageDisplay(Console(stderr=True, highlight=False), stages) as display:
       samples = loaded.sample(
         captions,
@@ -181,6 +204,10 @@ def generate(
         num_candidates=prior_candidates,
         size=size,
         z_i=z_i,
+        image=None if mask is None else picture[None],
+        mask=None if anew is None else anew[None],
+        noise_level=noise_level,
+        tile=tile,
         batch_size=batch_size,
         progress=report,
         on_batch=save,

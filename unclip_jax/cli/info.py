@@ -38,16 +38,40 @@ def info(
     raise typer.BadParameter('--matching and --pictures go with --vocabulary')
   import jax
   from rich.console import Console
-  from rich.table import Table
 
   from unclip_jax.systems import formats, loading, settings
   from unclip_jax.terminal import cache_folder, plain_warnings
 
   with plain_warnings():
-    loaded = unclip_jax.load(model)
-  opened = formats.open_model(loading.find_folder(model))
-  config = loaded.config
-  sampling, makes = {}, {'clip': f'{config.clip.embed_dim} numbers'}
+    opened = formats.open_model(loading.find_folder(model))
+    # Of no stage: it checks the config, and reads no weights.
+    loading.read_stages(opened, 'float32', names=())
+  config = opened.config
+  print(f'{model}: {opened.folder}, written by {opened.written_by}\n')
+  Console(highlight=False).print(_table(opened))
+  sizes = f'{", ".join(map(str, settings.sizes(config)))} px' if config.decoder else 'none'
+  tokenizer = opened.tokenizer or opened.decoder_tokenizer
+  cache = jax.config.jax_compilation_cache_dir or cache_folder()
+  print(
+    f'\nsizes     {sizes}\n'
+    f'captions  up to {tokenizer.context_length} tokens of {tokenizer.vocab_size:,}\n'
+    f'devices   {_devices(jax.devices())}\n'
+    f'versions  unclip_jax {unclip_jax.__version__}, jax {metadata.version("jax")}, '
+    f'Python {platform.python_version()}\n'
+    f'cache     {cache}'
+  )
+
+
+def _table(opened: Any) -> Any:
+  """The stages of an opened model; the parameters are counted by its config."""
+  import jax
+  from rich.table import Table
+
+  from unclip_jax.systems import loading, settings
+
+  config, makes, sampling = opened.config, {}, {}
+  if config.clip is not None:
+    makes['clip'] = f'{config.clip.embed_dim} numbers'
   if config.prior is not None:
     makes['prior'] = f'{config.prior.embed_dim} numbers'
     candidates = config.prior.num_candidates
@@ -65,27 +89,16 @@ def info(
   table.add_column('files', justify='right')
   table.add_column('sampled by')
   total_parameters = total_bytes = 0
-  for name, params in loaded.params.items():
-    count = sum(leaf.size for leaf in jax.tree.leaves(params))
-    size = sum(map(_bytes, opened.stages[name].paths))
-    total_parameters, total_bytes = total_parameters + count, total_bytes + size
-    row = (f'{count:,}', f'{size / 2**20:.1f} MiB', sampling.get(name, ''))
-    table.add_row(name.replace('_', ' '), makes[name], *row)
+  for name, params in loading.expected_params(config).items():
+    count, files = sum(leaf.size for leaf in jax.tree.leaves(params)), 'missing'
+    if name in opened.stages:
+      size = sum(map(num_bytes, opened.stages[name].paths))
+      total_parameters, total_bytes = total_parameters + count, total_bytes + size
+      files = f'{size / 2**20:.1f} MiB'
+    row = (f'{count:,}', files, sampling.get(name, ''))
+    table.add_row(name.replace('_', ' '), makes.get(name, ''), *row)
   table.add_row('all', '', f'{total_parameters:,}', f'{total_bytes / 2**20:.1f} MiB', '')
-  console = Console(highlight=False)
-  print(f'{model}: {opened.folder}, written by {opened.written_by}\n')
-  console.print(table)
-  sizes = f'{", ".join(map(str, settings.sizes(config)))} px' if config.decoder else 'none'
-  text = config.clip.text
-  cache = jax.config.jax_compilation_cache_dir or cache_folder()
-  print(
-    f'\nsizes     {sizes}\n'
-    f'captions  up to {text.context_length} tokens of {loaded.tokenizer.vocab_size:,}\n'
-    f'devices   {_devices(jax.devices())}\n'
-    f'versions  unclip_jax {unclip_jax.__version__}, jax {metadata.version("jax")}, '
-    f'Python {platform.python_version()}\n'
-    f'cache     {cache}'
-  )
+  return table
 
 
 def _show_vocabulary(model: str, matching: str | None, pictures: str | None) -> None:
@@ -123,7 +136,7 @@ def _draw_vocabulary(model: str, concepts: Sequence[str], pictures: str) -> None
 
   from unclip_jax.display import StageDisplay
   from unclip_jax.images import make_sheet
-  from unclip_jax.systems.pipeline import Progress
+  from unclip_jax.systems.samples import Progress
   from unclip_jax.terminal import interrupts, memory_errors, plain_warnings, use_cache
 
   use_cache(True)
@@ -147,9 +160,13 @@ def _draw_vocabulary(model: str, concepts: Sequence[str], pictures: str) -> None
     folder.save(path.name, make_sheet(rows, concepts, title), {'prompt': '\n'.join(prompts)})
 
 
-def _bytes(path: Any) -> int:
-  """Of a file, or of all files of a checkpoint."""
-  return sum(map(_bytes, path.iterdir())) if path.is_dir() else path.stat().length
+def num_bytes(path: Any) -> int:
+  """Of a file, of all files of a checkpoint, or of an index and the files that it names."""
+  from unclip_jax.weights.tensor_files import shards
+
+  if path.is_dir():
+    return sum(map(num_bytes, path.iterdir()))
+  return path.stat().length + sum(shard.stat().length for shard in shards(path))
 
 
 def _devices(devices: list[Any]) -> str:

@@ -22,6 +22,17 @@ ModelOption = Annotated[
   ),
 ]
 
+PriorModelOption = Annotated[
+  str | None,
+  typer.Option(
+    '--prior-model',
+    metavar='MODEL',
+    help='Whose CLIP and prior to take, for a decoder that was published without.',
+    show_default=False,
+    rich_help_panel=MACHINE,
+  ),
+]
+
 
 def option(panel: str, text: str, metavar: str | None = None) -> Any:
   """An option without a default that would be shown."""

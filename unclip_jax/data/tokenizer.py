@@ -1,9 +1,10 @@
-"""Tokenizers of captions, each kept in one tokenizer.json: small ones of ours, CLIP's, XLM-R's.
+"""Tokenizers of captions, each in one tokenizer.json: small ones of ours, CLIP's, XLM-R's, GPT-2's.
 
 Ours and CLIP's are byte-level BPE: text is lower-cased and brought to NFC, its white space
 collapsed. Any Unicode text has a representation, as the alphabet is the 256 bytes (section 2.2 of
-the GPT-2 report). Ours ends a caption, the others also begin it with a special token; how, and the
-padding, are part of the file. XLM-R's is a unigram model, described in xlm_vocabulary.
+the GPT-2 report). Ours ends a caption, CLIP's and XLM-R's also begin it with a special token,
+GPT-2's does neither; how, and the padding, are part of the file. XLM-R's is a unigram model,
+described in xlm_vocabulary; GPT-2's is in gpt2_vocabulary.
 """
 
 import json
@@ -16,7 +17,7 @@ import tokenizers
 from etils import epath
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from unclip_jax.data import clip_vocabulary, xlm_vocabulary
+from unclip_jax.data import clip_vocabulary, gpt2_vocabulary, xlm_vocabulary
 from unclip_jax.types import UnclipError
 
 PAD = '<pad>'
@@ -29,9 +30,9 @@ class Tokens(NamedTuple):
 
   Attributes:
     ids: int32 [b, context_length], the end-of-text token after the last, then padding. CLIP's and
-      XLM-R's begin with a start-of-text token.
+      XLM-R's begin with a start-of-text token. GPT-2's have text alone, then padding.
     mask: bool [b, context_length], true up to and including the first end-of-text token, also
-      where the padding is the end-of-text token again.
+      where the padding is the end-of-text token again. GPT-2's is true at text alone.
   """
 
   ids: np.ndarray
@@ -45,7 +46,7 @@ class Tokenizer:
     vocab_size: number of entries, special tokens included.
     context_length: number of tokens of each caption, special tokens and padding included.
     pad_id: id of the padding. CLIP's may be that of a token, so only the mask tells what is text.
-    end_id: id of the end-of-text token.
+    end_id: id of the end-of-text token; of GPT-2's, which puts none, that of the padding.
   """
 
   def __init__(self, bpe: tokenizers.Tokenizer):
@@ -57,7 +58,7 @@ class Tokenizer:
     self.vocab_size: int = bpe.get_vocab_size()
     self.context_length: int = bpe.truncation['max_length']
     self.pad_id: int = bpe.padding['pad_id']
-    self.end_id: int = _special_ids(bpe)[-1]
+    self.end_id: int = [self.pad_id, *_special_ids(bpe)][-1]
 
   @classmethod
   def train(cls, texts: Iterable[str], vocab_size: int, context_length: int) -> 'Tokenizer':
@@ -152,6 +153,27 @@ class Tokenizer:
     return cls(xlm_vocabulary.load(folder, context_length))
 
   @classmethod
+  def from_gpt2(
+    cls,
+    folder: str | os.PathLike[str],
+    context_length: int = gpt2_vocabulary.CONTEXT_LENGTH,
+  ) -> 'Tokenizer':
+    """Reads the vocabulary of GPT-2 as GLIDE does: captions in lower case, no special token added.
+
+    The folder holds vocab.json and merges.txt, as transformers calls them, or encoder.json and
+    vocab.bpe, as OpenAI does; `.gz` may follow. They are looked for in this order.
+
+    Args:
+      folder: of the files.
+      context_length: number of tokens a caption is cut or padded to, 1 to 1,024.
+
+    Raises:
+      UnclipError: the number is out of range, a file is missing or damaged, or holds no vocabulary
+        of GPT-2's kind.
+    """
+    return cls(gpt2_vocabulary.load(folder, context_length))
+
+  @classmethod
   def load(cls, path: str | os.PathLike[str]) -> 'Tokenizer':
     """Reads a tokenizer.json that `save` wrote.
 
@@ -227,8 +249,8 @@ class Tokenizer:
   def encode(self, texts: Sequence[str]) -> Tokens:
     """Returns the tokens of captions; of an empty caption these are the special tokens alone.
 
-    A caption that is too long keeps its beginning and ends in the end-of-text token; `truncated`
-    tells what was cut.
+    A caption that is too long keeps its beginning and ends in the end-of-text token if others do;
+    `truncated` tells what was cut.
 
     Args:
       texts: b captions.
@@ -256,7 +278,10 @@ class Tokenizer:
     return self._bpe.decode(ids[:end]).strip()
 
   def normalise(self, text: str) -> str:
-    """Returns the text as the model sees it: single spaces; but for XLM-R's lower case, and NFC."""
+    """Returns the text as the model sees it: of single spaces, in lower case and NFC.
+
+    XLM-R's keeps capitals; GPT-2's is only brought to lower case.
+    """
     return self._bpe.normalizer.normalize_str(_check_text(text))
 
   def truncated(self, text: str) -> str | None:
@@ -269,7 +294,7 @@ class Tokenizer:
 
 
 def _special_ids(bpe: tokenizers.Tokenizer) -> list[int]:
-  """What every caption has: end-of-text, and perhaps start-of-text before it."""
+  """What every caption has: end-of-text, and perhaps start-of-text before it; GPT-2's none."""
   empty = bpe.encode('')
   return [token for token, used in zip(empty.ids, empty.attention_mask, strict=True) if used]
 
@@ -279,7 +304,8 @@ def _is_ours(bpe: tokenizers.Tokenizer) -> bool:
   if bpe.truncation is None or bpe.padding is None:
     return False
   length, num_special = bpe.truncation['max_length'], len(_special_ids(bpe))
-  if not 1 <= num_special <= 2 or length <= num_special:
+  least = 0 if gpt2_vocabulary.is_gpt2(bpe) else 1
+  if not least <= num_special <= 2 or length <= num_special:
     return False
   empty = bpe.encode('')
   mask = [1] * num_special + [0] * (length - num_special)

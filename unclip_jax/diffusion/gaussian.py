@@ -109,6 +109,7 @@ def predict(
   prediction_type: PredictionType,
   learned_variance: bool = False,
   limit_x_0: Callable[[Array], Array] | None = None,
+  keep_eps: bool = False,
 ) -> Prediction:
   """What a network's output at x_t says of x_0, of the noise and of the variance of x_s.
 
@@ -120,6 +121,7 @@ def predict(
     learned_variance: whether the second half of the channels is a learned range.
     limit_x_0: bounds x_0 (guidance.clip_x_0, guidance.dynamic_threshold). eps then follows the
       bounded x_0, so that both describe the same x_t.
+    keep_eps: whether eps stays what the network said, also where x_0 is bounded.
 
   Returns:
     Prediction in float32.
@@ -140,8 +142,9 @@ def predict(
   if limit_x_0 is not None:
     signal, noise = signal_and_noise(step, x_t)
     limited = limit_x_0(x_0)
-    # As a correction: where nothing was limited, eps stays what the network said, to the bit.
-    eps = eps + (x_0 - limited) * signal * _reciprocal(noise)
+    if not keep_eps:
+      # As a correction: where nothing was limited, eps stays what the network said, to the bit.
+      eps = eps + (x_0 - limited) * signal * _reciprocal(noise)
     x_0 = limited
   return Prediction(x_0, eps, None if variance is None else learned_log_var(variance, step))
 

@@ -59,21 +59,26 @@ def clip_x_0(limit: float | Array = 1.0) -> Callable[[Array], Array]:
   return lambda x_0: jnp.clip(x_0, -limit, limit)
 
 
-def dynamic_threshold(percentile: float = 99.5) -> Callable[[Array], Array]:
+def dynamic_threshold(
+  percentile: float = 99.5, most: float | None = None
+) -> Callable[[Array], Array]:
   """A bound for `predict`: dynamic thresholding (Imagen, Saharia et al. 2022, section 2.3).
 
-  s is the given percentile of |x_0| of each sample, 1 at least; x_0 is clipped to [-s, s] and
+  s is the given percentile of |x_0| of each sample, from 1 to `most`; x_0 is clipped to [-s, s] and
   divided by s, so that it lies in [-1, 1].
 
   Raises:
-    UnclipError: percentile is not within 50..100 (a fraction, such as 0.995, is a mistake).
+    UnclipError: percentile is not within 50..100 (a fraction, such as 0.995, is a mistake), or most
+      is below 1.
   """
   if not 50 <= percentile <= 100:
     raise UnclipError(f'dynamic threshold: percentile {percentile} is not within 50..100')
+  if most is not None and not most >= 1:
+    raise UnclipError(f'dynamic threshold: {most:g} is the most to divide by, take 1 or more')
 
   def limit_x_0(x_0: Array) -> Array:
     s = jnp.percentile(jnp.abs(x_0).reshape(x_0.shape[0], -1), percentile, axis=1)
-    s = per_sample(jnp.maximum(s, 1.0), x_0)
+    s = per_sample(jnp.clip(s, 1.0, most), x_0)
     return jnp.clip(x_0, -s, s) / s
 
   return limit_x_0

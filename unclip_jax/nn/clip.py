@@ -74,8 +74,10 @@ class ClipNetwork(nn.Module):
 
   def setup(self):
     config = self.config
-    self.text = TextTower(config.text, self.dtype)
     vision = config.vision
+    if config.text is not None:
+      self.text = TextTower(config.text, self.dtype)
+      self.text_projection = nn.Dense(config.embed_dim, use_bias=False, dtype=self.dtype)
     if isinstance(vision, ViTConfig):
       self.vision = VisionTransformer(
         patch_size=vision.patch_size,
@@ -96,7 +98,6 @@ class ClipNetwork(nn.Module):
       )
     elif vision is not None:
       self.vision = ConvTower(vision.widths, vision.depth, dtype=self.dtype)
-    self.text_projection = nn.Dense(config.embed_dim, use_bias=False, dtype=self.dtype)
     if not isinstance(vision, ResNetConfig | None):  # a ResNet's attention projects by itself
       self.image_projection = nn.Dense(config.embed_dim, use_bias=False, dtype=self.dtype)
     # CLIP starts at a temperature of 0.07 (section 2.5).

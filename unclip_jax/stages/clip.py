@@ -15,10 +15,14 @@ MAX_LOGIT_SCALE = 100.0  # Radford et al. 2021, section 2.5
 
 def init(config: ClipConfig, key: Array) -> Params:
   """Fresh parameters."""
-  network, ids = ClipNetwork(config), jnp.zeros((1, config.text.context_length), jnp.int32)
+  network = ClipNetwork(config)
+  if config.vision is not None:
+    image = jnp.zeros((1, config.vision.image_size, config.vision.image_size, 3))
+  if config.text is None:
+    return network.init(key, image, method='encode_image')['params']
+  ids = jnp.zeros((1, config.text.context_length), jnp.int32)
   if config.vision is None:
     return network.init(key, ids, ids == 0, method='encode_text')['params']
-  image = jnp.zeros((1, config.vision.image_size, config.vision.image_size, 3))
   return network.init(key, image, ids, ids == 0)['params']
 
 

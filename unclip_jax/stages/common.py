@@ -94,6 +94,7 @@ def make_denoise_fn(
   time_embs: Array,
   diffusion: DiffusionConfig,
   guidance_scale: Array | None,
+  edit_x_0: Callable[[Array], Array] | None = None,
 ) -> DenoiseFn:
   """The denoiser that a sampling loop calls.
 
@@ -102,12 +103,15 @@ def make_denoise_fn(
     time_embs: [n, e], the embeddings of the plan's timesteps, by their index.
     diffusion: what the network predicts.
     guidance_scale: a scalar or [b]; None runs the conditional half alone.
+    edit_x_0: what else is done to x_0, before it is bounded: known pixels put into it, say.
   """
   limit = None
   if diffusion.dynamic_threshold is not None:
-    limit = guidance.dynamic_threshold(diffusion.dynamic_threshold)
+    limit = guidance.dynamic_threshold(diffusion.dynamic_threshold, diffusion.threshold_max)
   elif diffusion.clip_x_0 is not None:
     limit = guidance.clip_x_0(diffusion.clip_x_0)
+  if edit_x_0 is not None:
+    limit = _in_turn(edit_x_0, limit)
 
   def denoise_fn(x_t: Array, step: Step) -> Prediction:
     emb = jax.lax.dynamic_index_in_dim(time_embs, step.index, keepdims=True)
@@ -116,8 +120,13 @@ def make_denoise_fn(
     output = evaluate(x, emb)
     if guidance_scale is not None:
       output = guidance.guide(output, guidance_scale, diffusion.learned_variance)
-    return gaussian.predict(
-      output, x_t, step, diffusion.prediction, diffusion.learned_variance, limit
-    )
+    kind, learned, keep_eps = diffusion.prediction, diffusion.learned_variance, diffusion.keep_eps
+    return gaussian.predict(output, x_t, step, kind, learned, limit, keep_eps)
 
   return denoise_fn
+
+
+def _in_turn(
+  first: Callable[[Array], Array], second: Callable[[Array], Array] | None
+) -> Callable[[Array], Array]:
+  return first if second is None else lambda x: second(first(x))

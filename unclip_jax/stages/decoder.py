@@ -1,32 +1,72 @@
-"""The decoder as a stage (section 2.1): from z_i and the caption to an image of 64 pixels."""
+"""The decoder as a stage (section 2.1): from z_i and the caption to an image of 64 pixels.
+
+The decoders of Kandinsky and Stable unCLIP paint latents in its place: `make_network` knows which.
+"""
 
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from unclip_jax.configs import DecoderConfig
+from unclip_jax.configs import (
+  DecoderConfig,
+  KandinskyDecoderConfig,
+  StableUnclipDecoderConfig,
+)
 from unclip_jax.diffusion import guidance, losses, samplers
 from unclip_jax.nn.clip import TextFeatures
 from unclip_jax.nn.decoder import DecoderNetwork
+from unclip_jax.nn.kandinsky import KandinskyDecoderNetwork
+from unclip_jax.nn.stable_unclip import StableUnclipDecoderNetwork
 from unclip_jax.stages.common import draw_training_step, make_denoise_fn
 from unclip_jax.stages.diffusion_prior import drop_text
 from unclip_jax.types import Array, Params, Step
 
 
-def init(config: DecoderConfig, key: Array) -> Params:
-  """Fresh parameters."""
-  length = 8 if config.text is None else config.text.context_length
-  text = TextFeatures(
-    ids=jnp.zeros((1, length), jnp.int32),
-    mask=jnp.ones((1, length), bool),
-    states=jnp.zeros((1, length, config.clip_text_width or 1)),
-    z_t=jnp.zeros((1, config.embed_dim)),
-  )
+# What `init` and `sample` know; `loss` is of the first alone.
+EmbeddingDecoderConfig = DecoderConfig | KandinskyDecoderConfig | StableUnclipDecoderConfig
+
+
+def make_network(config: EmbeddingDecoderConfig, dtype: Any = jnp.float32) -> nn.Module:
+  """The network of a decoder that is given z_i."""
+  match config:
+    case DecoderConfig():
+      return DecoderNetwork(config, dtype)
+    case KandinskyDecoderConfig():
+      return KandinskyDecoderNetwork(config, dtype)
+    case StableUnclipDecoderConfig():
+      return StableUnclipDecoderNetwork(config, dtype)
+
+
+def init(config: EmbeddingDecoderConfig, key: Array) -> Params:
+  """Fresh parameters of the network."""
   x_t = jnp.zeros((1, config.image_size, config.image_size, config.unet.in_channels))
   z_i, t = jnp.zeros((1, config.embed_dim)), jnp.zeros(1, jnp.int32)
-  network = DecoderNetwork(config)
-  return network.init(key, x_t, t, text, z_i, jnp.ones(1, bool), True, method='predict')['params']
+  given: tuple[Any, ...]
+  match config:
+    case DecoderConfig():
+      length = 8 if config.text is None else config.text.context_length
+      text = _some_text(length, config.clip_text_width or 1, config.embed_dim)
+      given = (text, z_i, jnp.ones(1, bool))
+    case KandinskyDecoderConfig(text_width=None):
+      given = (None, z_i)
+    case KandinskyDecoderConfig():
+      given = (_some_text(8, config.text_width, config.text_embed_dim), z_i)
+    case StableUnclipDecoderConfig():
+      text = _some_text(8, config.unet.context_dim, config.embed_dim)
+      given = (text, jnp.zeros((1, 2 * config.embed_dim)))
+  return make_network(config).init(key, x_t, t, *given, True, method='predict')['params']
+
+
+def _some_text(length: int, width: int, embed_dim: int) -> TextFeatures:
+  """Features [1] of the right shapes."""
+  return TextFeatures(
+    ids=jnp.zeros((1, length), jnp.int32),
+    mask=jnp.ones((1, length), bool),
+    states=jnp.zeros((1, length, width)),
+    z_t=jnp.zeros((1, embed_dim)),
+  )
 
 
 def loss(
@@ -138,10 +178,10 @@ def _corrupt(
 
 
 def sample(
-  config: DecoderConfig,
+  config: EmbeddingDecoderConfig,
   params: Params,
-  text: TextFeatures,
-  null_text: TextFeatures,
+  text: TextFeatures | None,
+  null_text: TextFeatures | None,
   z_i: Array,
   key_b: Array,
   plan: Step,
@@ -150,31 +190,37 @@ def sample(
   x_start: Array | None = None,
   with_trajectory: bool = False,
   dtype: Any = jnp.float32,
+  null_z_i: Array | None = None,
 ) -> tuple[Array, samplers.Trajectory | None]:
-  """Draws images, float32 [b, image_size, image_size, 3] around [-1, 1].
+  """Draws images, float32 [b, image_size, image_size, 3] around [-1, 1], or latents of that size.
 
   Args:
     config: the decoder's.
     params: the network's.
-    text: features of b captions.
-    null_text: features [b] of what guidance leads away from: empty or negative captions. The
-      unconditional half has no z_i either.
-    z_i: [b, embed_dim] CLIP image embeddings.
+    text: features of b captions; None for Kandinsky 2.2, which reads none.
+    null_text: features [b] of what guidance leads away from: empty or negative captions.
+    z_i: [b, embed_dim] CLIP image embeddings; for Stable unCLIP what `stable_unclip.augment` makes
+      of them.
     key_b: typed keys [b].
     plan: of `common.make_plan`.
     sampler: of `common.make_sampler`.
     guidance_scale: scalar or [b]; None draws without guidance at half the cost.
-    x_start: [b, image_size, image_size, 3] the noise to start from; drawn from the keys if None.
+    x_start: [b, image_size, image_size, c] the noise to start from; drawn from the keys if None.
     with_trajectory: whether to return what lay between.
     dtype: the network's.
+    null_z_i: of the shape of z_i, what the unconditional half has in its place; of a
+      `DecoderConfig` None, as that has learned its own.
   """
   if x_start is None:
     size = config.image_size
     x_start = samplers.start_noise(key_b, (size, size, config.unet.in_channels))
-  network, variables = DecoderNetwork(config, dtype), {'params': params}
-  cond = (text, z_i, jnp.ones(z_i.shape[:1], bool))
+  network, variables = make_network(config, dtype), {'params': params}
+  cond: tuple[Any, ...] = (text, z_i)
+  uncond: tuple[Any, ...] = (null_text, null_z_i)
+  if isinstance(config, DecoderConfig):
+    b = z_i.shape[0]
+    cond, uncond = (text, z_i, jnp.ones(b, bool)), (null_text, z_i, jnp.zeros(b, bool))
   if guidance_scale is not None:
-    uncond = (null_text, z_i, jnp.zeros(z_i.shape[:1], bool))
     cond = guidance.interleave(cond, uncond)
   conditioning = network.apply(variables, *cond, method='encode_conditioning')
   time_embs = network.apply(variables, plan.t, method='encode_time')

@@ -3,10 +3,17 @@
 import math
 
 from unclip_jax.configs import (
+  AnyDecoderConfig,
+  AnyUpsamplerConfig,
+  ClipConfig,
   DecoderConfig,
   DiffusionConfig,
+  GlideDecoderConfig,
+  GlideUpsamplerConfig,
+  KandinskyDecoderConfig,
   PriorConfig,
   ResNetConfig,
+  StableUnclipDecoderConfig,
   TextConfig,
   UnclipConfig,
   UNetConfig,
@@ -28,26 +35,30 @@ def check_config(config: UnclipConfig) -> None:
   if config.upsamplers and config.decoder is None:
     raise UnclipError('there are upsamplers, but no decoder that they could follow')
   _check_stages_meet(config)
-  for name, tower in (('clip.text', config.clip.text), ('clip.vision', config.clip.vision)):
-    if isinstance(tower, TextConfig | ViTConfig):
-      _check_heads(name, tower.width, tower.num_heads)
-    elif isinstance(tower, ResNetConfig):
-      _check_resnet(name, tower)
-  stages: dict[str, PriorConfig | DecoderConfig | UpsamplerConfig] = {}
+  if config.clip is not None:
+    _check_clip(config.clip)
+  if config.decoder_text is not None:
+    _check_heads('decoder_text', config.decoder_text.width, config.decoder_text.num_heads)
+  stages: dict[str, PriorConfig | AnyDecoderConfig | AnyUpsamplerConfig] = {}
   shares = {}
   if config.prior is not None:
     _check_prior(config.prior)
     stages['prior'] = config.prior
     shares['prior.text_drop'] = config.prior.text_drop
   if config.decoder is not None:
-    _check_decoder(config.decoder)
     stages['decoder'] = config.decoder
-    shares['decoder.text_drop'] = config.decoder.text_drop
-    shares['decoder.image_drop'] = config.decoder.image_drop
+    _check_painter('decoder', config.decoder)
+    if isinstance(config.decoder, DecoderConfig):
+      _check_decoder(config.decoder)
+      shares['decoder.text_drop'] = config.decoder.text_drop
+      shares['decoder.image_drop'] = config.decoder.image_drop
   for i, stage in enumerate(config.upsamplers):
     name = f'upsamplers.{i}'
-    _check_upsampler(name, stage)
     stages[name] = stage
+    _check_painter(name, stage)
+    if isinstance(stage, GlideUpsamplerConfig):
+      continue
+    _check_upsampler(name, stage)
     for field in ('crop_fraction', 'blur_fraction', 'low_noise'):
       shares[f'{name}.{field}'] = getattr(stage, field)
   for name, stage in stages.items():
@@ -61,6 +72,25 @@ def check_config(config: UnclipConfig) -> None:
       raise UnclipError(f'{name} is {share:g}: take a fraction from 0 to 1')
 
 
+def _check_clip(clip: ClipConfig) -> None:
+  if clip.text is None and clip.vision is None:
+    raise UnclipError('clip has neither clip.text nor clip.vision: give one of them')
+  for name, tower in (('clip.text', clip.text), ('clip.vision', clip.vision)):
+    if isinstance(tower, TextConfig | ViTConfig):
+      _check_heads(name, tower.width, tower.num_heads)
+    elif isinstance(tower, ResNetConfig):
+      _check_resnet(name, tower)
+
+
+def _check_painter(name: str, stage: AnyDecoderConfig | AnyUpsamplerConfig) -> None:
+  """What all stages have that paint."""
+  _check_diffusion(name, stage.diffusion)
+  if (text := getattr(stage, 'text', None)) is not None:
+    _check_heads(f'{name}.text', text.width, text.num_heads)
+  if isinstance(stage.unet, UNetConfig):
+    _check_unet(f'{name}.unet', stage.unet, stage.diffusion.learned_variance)
+
+
 def _check_prior(prior: PriorConfig) -> None:
   _check_heads('prior', prior.width, prior.num_heads)
   _check_diffusion('prior', prior.diffusion)
@@ -69,10 +99,6 @@ def _check_prior(prior: PriorConfig) -> None:
 
 
 def _check_decoder(decoder: DecoderConfig) -> None:
-  if decoder.text is not None:
-    _check_heads('decoder.text', decoder.text.width, decoder.text.num_heads)
-  _check_diffusion('decoder', decoder.diffusion)
-  _check_unet('decoder.unet', decoder.unet, decoder.diffusion.learned_variance)
   for name in ('z_i_noise', 'draft_size'):
     if not 0 <= getattr(decoder, name) < math.inf:
       raise UnclipError(f'decoder.{name} is {getattr(decoder, name):g}: take 0 or more')
@@ -92,8 +118,6 @@ def _check_decoder(decoder: DecoderConfig) -> None:
 
 
 def _check_upsampler(name: str, stage: UpsamplerConfig) -> None:
-  _check_diffusion(name, stage.diffusion)
-  _check_unet(f'{name}.unet', stage.unet, stage.diffusion.learned_variance)
   if stage.degradation not in DEGRADATIONS:
     raise UnclipError(
       f'{name}.degradation is {stage.degradation!r}: take one of {", ".join(DEGRADATIONS)}'
@@ -111,9 +135,12 @@ def _check_upsampler(name: str, stage: UpsamplerConfig) -> None:
 
 
 def _check_stages_meet(config: UnclipConfig) -> None:
-  clip, text, prior, decoder = config.clip, config.clip.text, config.prior, config.decoder
+  clip, prior, decoder, painter = config.clip, config.prior, config.decoder, config.autoencoder
+  text = None if clip is None else clip.text
   meet: list[tuple[str, int, str, int | None]] = []
   if prior is not None:
+    if text is None:
+      raise UnclipError('there is a prior, but no clip.text that reads captions for it')
     meet += [
       ('clip.embed_dim', clip.embed_dim, 'prior.embed_dim', prior.embed_dim),
       ('clip.text.width', text.width, 'prior.text_width', prior.text_width),
@@ -122,8 +149,13 @@ def _check_stages_meet(config: UnclipConfig) -> None:
         'prior.context_length', prior.context_length,
       ),
     ]  # fmt: skip
-  if decoder is not None:
+  if decoder is not None and not isinstance(decoder, GlideDecoderConfig):
+    if clip is None:
+      raise UnclipError('there is a decoder of z_i, but no clip that knows them')
     meet.append(('clip.embed_dim', clip.embed_dim, 'decoder.embed_dim', decoder.embed_dim))
+  if isinstance(decoder, DecoderConfig):
+    if text is None:
+      raise UnclipError('there is no clip.text: the decoder reads what it says of a caption')
     if decoder.text is None:
       width = decoder.clip_text_width
       meet.append(('clip.text.width', text.width, 'decoder.clip_text_width', width))
@@ -131,6 +163,12 @@ def _check_stages_meet(config: UnclipConfig) -> None:
       for field in ('context_length', 'vocab_size'):
         names = f'clip.text.{field}', f'decoder.text.{field}'
         meet.append((names[0], getattr(text, field), names[1], getattr(decoder.text, field)))
+  if decoder is not None:
+    meet += _decoder_text_meets(config)
+    if painter is not None:
+      channels = decoder.unet.in_channels
+      names = 'autoencoder.latent_channels', 'decoder.unet.in_channels'
+      meet.append((names[0], painter.latent_channels, names[1], channels))
     size = decoder.image_size
     for i, stage in enumerate(config.upsamplers):
       meet.append(('the size before it', size, f'upsamplers.{i}.low_size', stage.low_size))
@@ -138,6 +176,22 @@ def _check_stages_meet(config: UnclipConfig) -> None:
   for name, value, other_name, other in meet:
     if value != other:
       raise UnclipError(f'{name} is {value}, but {other_name} is {other}: they must be equal')
+
+
+def _decoder_text_meets(config: UnclipConfig) -> list[tuple[str, int, str, int | None]]:
+  """What a decoder expects of the text encoder that is its own."""
+  own, decoder = config.decoder_text, config.decoder
+  if isinstance(decoder, StableUnclipDecoderConfig):
+    name, wanted = 'decoder.unet.context_dim', decoder.unet.context_dim
+  elif isinstance(decoder, KandinskyDecoderConfig) and decoder.text_width is not None:
+    name, wanted = 'decoder.text_width', decoder.text_width
+  elif own is None:
+    return []
+  else:
+    raise UnclipError('there is a decoder_text, but the decoder reads nothing of it')
+  if own is None:
+    raise UnclipError(f'there is no decoder_text: the decoder expects states of {name} {wanted}')
+  return [('decoder_text.width', own.width, name, wanted)]
 
 
 def _check_heads(name: str, width: int, num_heads: int) -> None:
@@ -176,6 +230,11 @@ def _check_diffusion(name: str, diffusion: DiffusionConfig) -> None:
   if percentile is not None and not 50 <= percentile <= 100:
     raise UnclipError(
       f'{name}.diffusion.dynamic_threshold is {percentile:g}: take a percentile from 50 to 100'
+    )
+  most = diffusion.threshold_max
+  if most is not None and (percentile is None or not most >= 1):
+    raise UnclipError(
+      f'{name}.diffusion.threshold_max is {most:g}: take 1 or more, beside a dynamic_threshold'
     )
 
 

@@ -5,31 +5,27 @@ The config is read from the folder's files, whatever the model is called and how
 
 import functools
 from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from etils import epath
 
 from unclip_jax.config_json import from_json
-from unclip_jax.configs import UnclipConfig
+from unclip_jax.configs import UnclipConfig, XlmRobertaConfig
 from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.data.vocabulary import Vocabulary
-from unclip_jax.systems import clip_formats, karlo_format
+from unclip_jax.systems import clip_formats, glide_format, karlo_format, pipelines
 from unclip_jax.systems.checks import check_config
 from unclip_jax.types import Params, UnclipError
-from unclip_jax.weights import karlo
 from unclip_jax.weights.folder import MANIFEST_NAME, read_manifest
 from unclip_jax.weights.foreign_folder import (
   CONFIG_NAME,
   INDEX_NAME,
   find_weights,
   open_components,
-  read_components,
 )
 from unclip_jax.weights.rules import read_params
 from unclip_jax.weights.safetensors import load_params
-
-TOKENIZER_FOLDER = 'tokenizer'
-_FAMILIES = {name: family for family in (karlo,) for name in family.NAMES}
 
 
 class Stage(NamedTuple):
@@ -52,28 +48,40 @@ class Model(NamedTuple):
     path: of the file that says what it is.
     written_by: the program that wrote it.
     config: of the stages.
-    tokenizer: of the captions.
+    tokenizer: of the captions; None where the decoder alone reads them.
     vocabulary: of the captions, None where the folder says nothing of it.
     stages: those that are there, by their names.
+    decoder_tokenizer: of a decoder with a text encoder of its own.
   """
 
   folder: epath.Path
   path: epath.Path
   written_by: str
   config: UnclipConfig
-  tokenizer: Tokenizer
+  tokenizer: Tokenizer | None
   vocabulary: Vocabulary | None
   stages: Mapping[str, Stage]
+  decoder_tokenizer: Tokenizer | None = None
 
 
-def open_model(folder: epath.Path) -> Model:
+def open_model(folder: epath.Path, prior: epath.Path | None = None) -> Model:
   """Opens a folder of any known format, or a CLIP that is one file.
+
+  Args:
+    folder: of the model.
+    prior: a pipeline of diffusers whose CLIP and prior are taken, for decoders that were published
+      without one.
 
   Raises:
     UnclipError: it is none, or its files are not valid; names the file and the remedy.
   """
-  if not folder.exists():
-    raise UnclipError(f'there is no model folder {folder}: check the path')
+  for path in filter(None, (folder, prior)):
+    if not path.exists():
+      raise UnclipError(f'there is no model folder {path}: check the path')
+  if prior is not None:
+    if not (folder / INDEX_NAME).exists():
+      raise UnclipError(f'{folder} takes no prior of another model: leave {prior} out')
+    return _open_pipeline(folder, prior)
   if folder.is_file():
     return _clip_alone(folder, clip_formats.open_file(folder))
   if (folder / MANIFEST_NAME).exists():
@@ -84,8 +92,9 @@ def open_model(folder: epath.Path) -> Model:
     return _clip_alone(folder, clip_formats.open_open_clip(folder))
   if (folder / CONFIG_NAME).exists():
     return _clip_alone(folder, clip_formats.open_transformers(folder))
-  if karlo_format.is_release(folder):
-    return _open_karlo_release(folder)
+  for release in (karlo_format, glide_format):
+    if release.is_release(folder):
+      return _open_release(folder, release)
   raise UnclipError(
     f'{folder} is not a model: it has no {MANIFEST_NAME}, {INDEX_NAME} or {CONFIG_NAME}; give the '
     'folder that does'
@@ -105,13 +114,17 @@ def read_vocabulary(folder: epath.Path) -> Vocabulary | None:
 def _open_ours(folder: epath.Path) -> Model:
   manifest, path = read_manifest(folder), folder / MANIFEST_NAME
   config = from_json(UnclipConfig, manifest.config, f'{path}: config')
-  tokenizer = Tokenizer.load(manifest.tokenizer)
+  files = (manifest.tokenizer, manifest.decoder_tokenizer)
+  tokenizer, decoder_tokenizer = (file and Tokenizer.load(file) for file in files)
   stages = {
     name: Stage(functools.partial(_read_ours, file), (file,))
     for name, file in manifest.stages.items()
   }
   vocabulary = read_vocabulary(folder)
-  return _checked(Model(folder, path, manifest.written_by, config, tokenizer, vocabulary, stages))
+  written_by = manifest.written_by
+  return _checked(
+    Model(folder, path, written_by, config, tokenizer, vocabulary, stages, decoder_tokenizer)
+  )
 
 
 def _read_ours(path: epath.Path, expected: Params) -> Params:
@@ -123,31 +136,36 @@ def _read_ours(path: epath.Path, expected: Params) -> Params:
   return load_tree(path, expected)
 
 
-def _open_pipeline(folder: epath.Path) -> Model:
+def _open_pipeline(folder: epath.Path, prior: epath.Path | None = None) -> Model:
   path = folder / INDEX_NAME
-  name, components = read_components(folder)
-  if name not in _FAMILIES:
-    raise UnclipError(f'{path}: _class_name is {name!r}: only {", ".join(_FAMILIES)} can be opened')
-  family = _FAMILIES[name]
-  for extra in family.EXTRA:
-    if (folder / extra).exists():
-      components[extra] = folder / extra
+  name, family, components = pipelines.find_components(folder, prior)
   config = _checked_config(family.read_config(components), path)
 
-  def stage(names: tuple[str, ...], rules: list[Any]) -> Stage:
+  def stage(names: tuple[str, ...], rules: Any) -> Stage:
     def read(expected: Params) -> Params:
       with open_components({name: components[name] for name in names}) as tensors:
-        return read_params(tensors, rules, expected, str(folder), family.IGNORED)
+        # Some rules depend on which of its names an older file has.
+        chosen = rules(tensors.names()) if callable(rules) else rules
+        return read_params(tensors, chosen, expected, str(folder), family.IGNORED)
 
     return Stage(read, tuple(find_weights(components[name]) for name in names))
 
   stages = {name: stage(names, rules) for name, (names, rules) in family.rules(config).items()}
-  tokenizer = Tokenizer.from_transformers(components[family.TOKENIZER])
-  return _checked(Model(folder, path, f'diffusers ({name})', config, tokenizer, None, stages))
+  tokenizer = decoder_tokenizer = None
+  if family.TOKENIZER in components:
+    tokenizer = Tokenizer.from_transformers(components[family.TOKENIZER])
+  if config.decoder_text is not None:
+    of_xlm = isinstance(config.decoder_text, XlmRobertaConfig)
+    read_tokenizer = Tokenizer.from_xlm_roberta if of_xlm else Tokenizer.from_transformers
+    decoder_tokenizer = read_tokenizer(components[family.DECODER_TOKENIZER])
+  written_by = f'diffusers ({name})'
+  return _checked(
+    Model(folder, path, written_by, config, tokenizer, None, stages, decoder_tokenizer)
+  )
 
 
-def _open_karlo_release(folder: epath.Path) -> Model:
-  release, name = karlo_format.open_release(folder), karlo_format.WRITTEN_BY
+def _open_release(folder: epath.Path, release_format: ModuleType) -> Model:
+  release, name = release_format.open_release(folder), release_format.WRITTEN_BY
   stages = {stage: Stage(read, paths) for stage, (read, paths) in release.stages.items()}
   return _checked(Model(folder, folder, name, release.config, release.tokenizer, None, stages))
 
@@ -165,13 +183,21 @@ def _checked(model: Model) -> Model:
     UnclipError: not so.
   """
   _checked_config(model.config, model.path)
-  text, tokenizer = model.config.clip.text, model.tokenizer
-  if tokenizer.vocab_size > text.vocab_size or tokenizer.context_length != text.context_length:
-    raise UnclipError(
-      f'the tokenizer of {model.folder} has {tokenizer.vocab_size} entries and reads '
-      f'{tokenizer.context_length} tokens, the model {text.vocab_size} and {text.context_length}: '
-      'take the tokenizer of that model'
-    )
+  config = model.config
+  own_text = getattr(config.decoder, 'text', None)
+  of_clip = own_text if config.clip is None else config.clip.text
+  readers = [(model.tokenizer, of_clip), (model.decoder_tokenizer, config.decoder_text)]
+  for tokenizer, text in readers:
+    if text is None:
+      continue
+    if tokenizer is None:
+      raise UnclipError(f'{model.folder} has no tokenizer: copy or download the model again')
+    if tokenizer.vocab_size > text.vocab_size or tokenizer.context_length != text.context_length:
+      raise UnclipError(
+        f'the tokenizer of {model.folder} has {tokenizer.vocab_size} entries and reads '
+        f'{tokenizer.context_length} tokens, the model {text.vocab_size} and '
+        f'{text.context_length}: take the tokenizer of that model'
+      )
   return model
 
 

@@ -12,11 +12,22 @@ import numpy as np
 from etils import epath
 from flax.errors import FlaxError
 
-from unclip_jax.configs import UnclipConfig
-from unclip_jax.data.tokenizer import Tokenizer
-from unclip_jax.data.vocabulary import Vocabulary
+from unclip_jax.configs import (
+  GlideDecoderConfig,
+  GlideUpsamplerConfig,
+  StableUnclipDecoderConfig,
+  UnclipConfig,
+)
 from unclip_jax.sharding import Mesh, make_mesh, replicated
-from unclip_jax.stages import clip, decoder, diffusion_prior, upsampler
+from unclip_jax.stages import (
+  autoencoder,
+  clip,
+  decoder,
+  diffusion_prior,
+  glide,
+  text_encoder,
+  upsampler,
+)
 from unclip_jax.systems import formats
 from unclip_jax.systems.offload import Offloaded
 from unclip_jax.types import Array, Params, UnclipError
@@ -53,26 +64,53 @@ def find_folder(model: str | os.PathLike[str]) -> epath.Path:
   return epath.Path(DEFAULT_FOLDER)
 
 
+def open_model(
+  model: str | os.PathLike[str], prior: str | os.PathLike[str] | None = None
+) -> formats.Model:
+  """Finds a model and opens it; a prior that was published apart is found and opened with it."""
+  prior_folder = None if prior is None else find_folder(prior)
+  return formats.open_model(find_folder(model), prior_folder)
+
+
 def expected_params(config: UnclipConfig, dtype: Any = jnp.float32) -> dict[str, Params]:
   """Names, shapes and types of all parameters, a tree of `jax.ShapeDtypeStruct`s for each stage.
 
-  Floating parameters are of `dtype`; the statistics of the prior are float32 always, as they
-  standardise float32 embeddings.
+  Floating parameters are of `dtype`; statistics of embeddings are float32 always, as what they
+  standardise is.
   """
 
   def shapes(init: Any, stage_config: Any) -> Params:
     tree = _init_shapes(init, stage_config)
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), tree)
 
-  stages = {'clip': shapes(clip.init, config.clip)}
+  def statistics(width: int) -> Params:
+    row = jax.ShapeDtypeStruct((width,), jnp.float32)
+    return {'mean': row, 'std': row}
+
+  stages: dict[str, Params] = {}
+  if config.clip is not None:
+    stages['clip'] = shapes(clip.init, config.clip)
   if config.prior is not None:
-    row = jax.ShapeDtypeStruct((config.prior.embed_dim,), jnp.float32)
     network = shapes(diffusion_prior.init, config.prior)
-    stages['prior'] = {'network': network, 'statistics': {'mean': row, 'std': row}}
-  if config.decoder is not None:
-    stages['decoder'] = shapes(decoder.init, config.decoder)
+    stages['prior'] = {'network': network, 'statistics': statistics(config.prior.embed_dim)}
+  if config.decoder_text is not None:
+    stages['decoder_text'] = shapes(text_encoder.init, config.decoder_text)
+  match config.decoder:
+    case None:
+      pass
+    case GlideDecoderConfig():
+      stages['decoder'] = shapes(glide.init, config.decoder)
+    case StableUnclipDecoderConfig():
+      network = shapes(decoder.init, config.decoder)
+      normalizer = statistics(config.decoder.embed_dim)
+      stages['decoder'] = {'network': network, 'normalizer': normalizer}
+    case _:
+      stages['decoder'] = shapes(decoder.init, config.decoder)
+  if config.autoencoder is not None:
+    stages['autoencoder'] = shapes(autoencoder.init, config.autoencoder)
   for i, stage in enumerate(config.upsamplers):
-    stages[f'upsampler_{i}'] = shapes(upsampler.init, stage)
+    init = glide.init if isinstance(stage, GlideUpsamplerConfig) else upsampler.init
+    stages[f'upsampler_{i}'] = shapes(init, stage)
   return stages
 
 
@@ -121,14 +159,17 @@ def read_stages(
 
 
 def load_parts(
-  model: str | os.PathLike[str], dtype: np.dtype, num_devices: int, offload: bool
-) -> tuple[UnclipConfig, Mapping[str, Params], Tokenizer, Mesh | None, Vocabulary | None]:
-  """Config, parameters, tokenizer, devices, vocabulary; `unclip.load` says what is raised."""
-  opened = formats.open_model(find_folder(model))
+  model: str | os.PathLike[str],
+  dtype: np.dtype,
+  num_devices: int,
+  offload: bool,
+  prior: str | os.PathLike[str] | None,
+) -> tuple[formats.Model, Mapping[str, Params], Mesh | None]:
+  """What was opened, its parameters, the devices; `unclip.load` says what is raised."""
+  opened = open_model(model, prior)
   mesh = None if num_devices == 1 else make_mesh(num_devices)
   if offload:
     with jax.default_device(jax.devices('cpu')[0]):
       params = read_stages(opened, dtype)
-    return opened.config, Offloaded(params, mesh), opened.tokenizer, mesh, opened.vocabulary
-  params = read_stages(opened, dtype, mesh=mesh)
-  return opened.config, params, opened.tokenizer, mesh, opened.vocabulary
+    return opened, Offloaded(params, mesh), mesh
+  return opened, read_stages(opened, dtype, mesh=mesh), mesh

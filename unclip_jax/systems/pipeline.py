@@ -1,130 +1,35 @@
 """One batch through all stages, without the host waiting in between."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import numpy as np
 
-from unclip_jax.configs import DecoderConfig, UnclipConfig, UpsamplerConfig
+from unclip_jax.configs import (
+  AnyDecoderConfig,
+  AnyUpsamplerConfig,
+  GlideUpsamplerConfig,
+  KandinskyDecoderConfig,
+  UnclipConfig,
+)
 from unclip_jax.data.tokenizer import Tokens
-from unclip_jax.diffusion.samplers import Trajectory
 from unclip_jax.nn.clip import TextFeatures
 from unclip_jax.sharding import DATA_AXIS, Mesh, place_batch
 from unclip_jax.systems import programs
 from unclip_jax.systems.offload import Offloaded
-from unclip_jax.systems.settings import StageSettings
-from unclip_jax.types import Array, Params, UnclipError
+from unclip_jax.systems.programs import Prompt, Sampled
+from unclip_jax.systems.samples import (
+  OF_ROWS,
+  Request,
+  Samples,
+  StartNoise,
+  Trajectories,
+  check_finite,
+)
+from unclip_jax.types import Array, Params
 
-
-class StartNoise(NamedTuple):
-  """The noise that each stage begins from, unit normal.
-
-  Attributes:
-    prior: [n, num_candidates, embed_dim].
-    decoder: [n, size, size, 3].
-    upsamplers: for each [n, size, size, 3].
-  """
-
-  prior: Array | np.ndarray | None = None
-  decoder: Array | np.ndarray | None = None
-  upsamplers: tuple[Array | np.ndarray | None, ...] = ()
-
-
-class Trajectories(NamedTuple):
-  """What each stage's loop went through; arrays [num_steps, n, ...]. The prior may not have run."""
-
-  prior: Trajectory | None
-  decoder: Trajectory
-  upsamplers: tuple[Trajectory, ...]
-
-
-class Samples(NamedTuple):
-  """Images and what they came from; rows are prompts times images, those of a prompt together.
-
-  Attributes:
-    images: uint8 [n, h, w, 3].
-    prompts: n captions.
-    indices: int [n], each image's index within its seed.
-    z_t: float32 [n, d], the captions' CLIP embeddings.
-    z_i: float32 [n, d], the image embeddings that were decoded.
-    stage_images: float32 [n, size, size, 3] around [-1, 1], the decoder's, then each upsampler's.
-    start_noise: what the stages began from; give it back to begin there again.
-    trajectories: if they were asked for.
-  """
-
-  images: np.ndarray
-  prompts: tuple[str, ...]
-  indices: np.ndarray
-  z_t: np.ndarray
-  z_i: np.ndarray
-  stage_images: tuple[np.ndarray, ...]
-  start_noise: StartNoise
-  trajectories: Trajectories | None
-
-
-class Progress(NamedTuple):
-  """Where a call stands, for a `progress` function.
-
-  Attributes:
-    stage: 'clip', 'prior', 'decoder', 'upsampler_0', ...
-    status: 'preparing' while its program is compiled or fetched, 'sampling', 'done'.
-    batch: which of the batches, from 0.
-    num_batches: how many there are.
-  """
-
-  stage: str
-  status: Literal['preparing', 'sampling', 'done']
-  batch: int
-  num_batches: int
-
-
-class Request(NamedTuple):
-  """What a batch is to become, checked; arrays and captions have one row an image.
-
-  Attributes:
-    captions: of the images.
-    tokens: of the captions.
-    null_tokens: of what guidance leads away from; None where nothing is guided.
-    seed: uint32.
-    indices: uint32 [b], the images' indices within the seed.
-    num_candidates: embeddings that the prior draws for each image.
-    prior: settings, as the next two.
-    decoder: settings.
-    upsamplers: settings of those that run.
-    z_t: [b, d] in place of the captions' own.
-    z_i: [b, d] in place of the prior's.
-    noise: in place of the seed's.
-    with_trajectories: whether to return what lay between.
-  """
-
-  captions: tuple[str, ...]
-  tokens: Tokens
-  null_tokens: Tokens | None
-  seed: np.uint32
-  indices: np.ndarray
-  num_candidates: int
-  prior: StageSettings
-  decoder: StageSettings
-  upsamplers: tuple[StageSettings, ...]
-  z_t: np.ndarray | None
-  z_i: np.ndarray | None
-  noise: StartNoise
-  with_trajectories: bool
-
-  def take(self, rows: np.ndarray) -> 'Request':
-    """The request of some of the images."""
-    arrays = (self.tokens, self.null_tokens, self.indices, self.z_t, self.z_i, self.noise)
-    tokens, null_tokens, indices, z_t, z_i, noise = jax.tree.map(lambda x: x[rows], arrays)
-    return self._replace(
-      captions=tuple(self.captions[row] for row in rows),
-      tokens=tokens,
-      null_tokens=null_tokens,
-      indices=indices,
-      z_t=z_t,
-      z_i=z_i,
-      noise=noise,
-    )
+Report = Callable[[str, Literal['preparing', 'sampling', 'done']], None]
 
 
 def encode_text(
@@ -143,7 +48,7 @@ def sample_batch(
   request: Request,
   dtype: Any,
   mesh: Mesh | None,
-  report: Callable[[str, Literal['preparing', 'sampling', 'done']], None],
+  report: Report,
 ) -> Samples:
   """Hands all stages to the device, then waits for them in their order.
 
@@ -158,165 +63,255 @@ def sample_batch(
   Raises:
     UnclipError: a stage made a NaN; names it.
   """
-  request_arrays = (request.tokens, request.null_tokens, request.indices, request.z_t, request.z_i)
-  tokens, null_tokens, indices, z_t, z_i = _place(request_arrays, mesh)
-  noise = _place(request.noise, mesh)
-  with_trajectory = request.with_trajectories
-
-  report('clip', 'preparing')
-  own = {'clip': params['clip']}  # looked up once: it may have to come from the host
-  text = encode_text(config, own, tokens, dtype, None)
-  # Where nothing is guided it is not looked at, and has only to be of the right shape.
-  null_text = text
-  if null_tokens is not None:
-    null_text = encode_text(config, own, null_tokens, dtype, None)
-  del own
-  if z_t is not None:
-    text = text._replace(z_t=z_t)
-  key_b = programs.image_keys(request.seed, indices)
-  report('clip', 'sampling')
-  finished: dict[str, Any] = {}
-
-  def finish(name: str, output: Any) -> Any:
-    """Stages follow each other without the host, but where each has to make room for the next."""
-    finished[name] = jax.block_until_ready(output) if isinstance(params, Offloaded) else output
-    return output
-
-  finish('clip', text.z_t)
-
-  prior, prior_start = None, None
-  if z_i is None:
-    report('prior', 'preparing')
-    keys = programs.stage_keys(key_b, stage=programs.PRIOR)
-    keys = programs.candidate_keys(keys, num_candidates=request.num_candidates)
-    prior_start = _start(keys, (config.prior.embed_dim,), noise.prior)
-    prior = programs.sample_prior(
-      params['prior'],
-      text,
-      null_text,
-      keys,
-      request.prior.plan,
-      request.prior.guidance_scale,
-      request.prior.eta,
-      prior_start,
-      config=config.prior,
-      sampler=request.prior.sampler,
-      variance=request.prior.variance,
-      with_trajectory=with_trajectory,
-      dtype=dtype,
-    )
-    report('prior', 'sampling')
-    z_i = finish('prior', prior.x_0)
-
-  report('decoder', 'preparing')
-  keys = programs.stage_keys(key_b, stage=programs.DECODER)
-  decoder_start = _start(keys, image_shape(config.decoder), noise.decoder)
-  decoder = programs.sample_decoder(
-    params['decoder'],
-    text,
-    null_text,
-    z_i,
-    keys,
-    request.decoder.plan,
-    request.decoder.guidance_scale,
-    request.decoder.eta,
-    decoder_start,
-    config=config.decoder,
-    sampler=request.decoder.sampler,
-    variance=request.decoder.variance,
-    with_trajectory=with_trajectory,
-    dtype=dtype,
-  )
-  report('decoder', 'sampling')
-  image = finish('decoder', decoder.x_0)
-
-  upsampled, upsampler_starts = [], []
-  for i, stage in enumerate(request.upsamplers):
-    name = f'upsampler_{i}'
-    report(name, 'preparing')
-    keys = programs.stage_keys(key_b, stage=programs.UPSAMPLER + i)
-    x_start = _start(keys, image_shape(config.upsamplers[i]), noise.upsamplers[i])
-    drawn = programs.sample_upsampler(
-      params[name],
-      image,
-      keys,
-      stage.plan,
-      stage.eta,
-      x_start,
-      config=config.upsamplers[i],
-      sampler=stage.sampler,
-      variance=stage.variance,
-      with_trajectory=with_trajectory,
-      dtype=dtype,
-    )
-    report(name, 'sampling')
-    image = finish(name, drawn.x_0)
+  run = _Run(config, params, request, dtype, mesh, report)
+  text, null_text, null_z_i = run.read_captions()
+  prior, prior_start, z_i = None, None, run.request.z_i
+  if z_i is None and config.prior is not None:
+    prior, prior_start = run.sample_prior(text, null_text)
+    z_i = prior.x_0
+  if request.is_negative and null_z_i is not None and config.prior is not None:
+    null_z_i = run.sample_null_z_i(null_text)
+  prompt = run.make_prompt(text, null_text, z_i, null_z_i)
+  decoder, decoder_start = run.sample_decoder(prompt)
+  image, latents = decoder.x_0, None
+  if config.autoencoder is not None:
+    image, latents = run.decode_latents(decoder.x_0), decoder.x_0
+  stage_images, upsampled, upsampler_starts = [image], [], []
+  for i in range(len(request.upsamplers)):
+    drawn, x_start = run.sample_upsampler(i, stage_images[-1], prompt)
+    stage_images.append(drawn.x_0)
     upsampled.append(drawn)
     upsampler_starts.append(x_start)
-  images = programs.to_uint8(image)
-
-  for name, output in finished.items():
-    jax.block_until_ready(output)
-    report(name, 'done')
-  samples = Samples(
-    images=images,
-    prompts=(),
-    indices=request.indices.astype(np.int64),
-    z_t=text.z_t,
-    z_i=z_i,
-    stage_images=(decoder.x_0, *(drawn.x_0 for drawn in upsampled)),
-    start_noise=StartNoise(prior_start, decoder_start, tuple(upsampler_starts)),
-    trajectories=Trajectories(
+  images = programs.to_uint8(stage_images[-1])
+  run.wait()
+  trajectories = None
+  if request.with_trajectories:
+    trajectories = Trajectories(
       None if prior is None else prior.trajectory,
       decoder.trajectory,
       tuple(drawn.trajectory for drawn in upsampled),
     )
-    if with_trajectory
-    else None,
+  samples = Samples(
+    images=images,
+    prompts=(),
+    indices=request.indices.astype(np.int64),
+    z_t=None if text is None else text.z_t,
+    z_i=z_i,
+    stage_images=tuple(stage_images),
+    latents=latents,
+    start_noise=StartNoise(prior_start, decoder_start, tuple(upsampler_starts)),
+    trajectories=trajectories,
   )
   samples = jax.device_get(samples)
-  _check_finite(samples)
+  check_finite(samples)
   return samples._replace(prompts=request.captions)
 
 
-def image_shape(stage: DecoderConfig | UpsamplerConfig) -> tuple[int, int, int]:
-  """The shape of one image of a stage."""
+class _Run:
+  """A batch on its way; each method hands a stage over and does not wait for it."""
+
+  def __init__(
+    self,
+    config: UnclipConfig,
+    params: Mapping[str, Params],
+    request: Request,
+    dtype: Any,
+    mesh: Mesh | None,
+    report: Report,
+  ):
+    self.config, self.params, self.dtype, self.report = config, params, dtype, report
+    placed = {name: _place(getattr(request, name), mesh) for name in OF_ROWS}
+    self.request = request._replace(**placed)
+    self.key_b = programs.image_keys(request.seed, self.request.indices)
+    self.finished: dict[str, Any] = {}
+
+  def read_captions(self) -> tuple[TextFeatures | None, TextFeatures | None, Array | None]:
+    """CLIP's features of the captions and of what guidance leads away from, and "no z_i".
+
+    Where nothing is guided the second has only to be of the right shape.
+    """
+    request, config = self.request, self.config.clip
+    if config is None:
+      return None, None, None
+    self.report('clip', 'preparing')
+    own = self.params['clip']  # looked up once: it may have to come from the host
+    text = null_text = null_z_i = None
+    if config.text is not None:
+
+      def encode(tokens: Tokens) -> TextFeatures:
+        ids, mask = tokens
+        return programs.encode_text(own, ids, mask, config=config, dtype=self.dtype)
+
+      text = null_text = encode(request.tokens)
+      if request.null_tokens is not None:
+        null_text = encode(request.null_tokens)
+      if request.z_t is not None:
+        text = text._replace(z_t=request.z_t)
+    is_guided = request.decoder.guidance_scale is not None
+    if is_guided and isinstance(self.config.decoder, KandinskyDecoderConfig):
+      null_z_i = programs.encode_zeros(own, config=config, dtype=self.dtype)
+      null_z_i = null_z_i.repeat(len(request.captions), axis=0)
+    self.report('clip', 'sampling')
+    self._finish('clip', (text, null_text, null_z_i))
+    return text, null_text, null_z_i
+
+  def sample_prior(self, text: TextFeatures, null_text: TextFeatures) -> tuple[Sampled, Array]:
+    """z_i of the captions, and the noise that they began from."""
+    self.report('prior', 'preparing')
+    scale = self.request.prior.guidance_scale
+    drawn, x_start = self._prior(programs.PRIOR, text, null_text, scale, self.request.noise.prior)
+    self.report('prior', 'sampling')
+    return self._finish('prior', drawn), x_start
+
+  def sample_null_z_i(self, null_text: TextFeatures) -> Array:
+    """z_i of the negative captions, which Kandinsky leads the decoder away from."""
+    drawn, _ = self._prior(programs.NEGATIVE_PRIOR, null_text, null_text, None, None)
+    return drawn.x_0
+
+  def make_prompt(
+    self,
+    text: TextFeatures | None,
+    null_text: TextFeatures | None,
+    z_i: Array | None,
+    null_z_i: Array | None,
+  ) -> Prompt:
+    """What decoder and upsamplers are given, with the captions as they read them."""
+    request, config = self.request, self.config
+    if config.decoder_text is not None:
+      self.report('decoder_text', 'preparing')
+      own = self.params['decoder_text']
+
+      def encode(tokens: Tokens) -> TextFeatures:
+        ids, mask = tokens
+        encoder = config.decoder_text
+        return programs.encode_decoder_text(own, ids, mask, config=encoder, dtype=self.dtype)
+
+      text = null_text = encode(request.decoder_tokens)
+      if request.null_decoder_tokens is not None:
+        null_text = encode(request.null_decoder_tokens)
+      self.report('decoder_text', 'sampling')
+      self._finish('decoder_text', (text, null_text))
+    elif isinstance(config.decoder, KandinskyDecoderConfig):
+      text = null_text = None  # 2.2 reads none
+    elif text is None:  # GLIDE reads the tokens themselves
+      text = null_text = TextFeatures(*request.tokens, None, None)
+      if request.null_tokens is not None:
+        null_text = TextFeatures(*request.null_tokens, None, None)
+    return Prompt(text, null_text, z_i, null_z_i, request.noise_level)
+
+  def sample_decoder(self, prompt: Prompt) -> tuple[Sampled, Array]:
+    """Images, or latents, and the noise that they began from."""
+    config, settings = self.config.decoder, self.request.decoder
+    self.report('decoder', 'preparing')
+    keys = programs.stage_keys(self.key_b, stage=programs.DECODER)
+    x_start = _start(keys, image_shape(config), self.request.noise.decoder)
+    drawn = programs.sample_decoder(
+      self.params['decoder'],
+      self._with_known(prompt, 0),
+      keys,
+      settings.plan,
+      settings.guidance_scale,
+      settings.eta,
+      x_start,
+      config=config,
+      sampler=settings.sampler,
+      variance=settings.variance,
+      with_trajectory=self.request.with_trajectories,
+      dtype=self.dtype,
+    )
+    self.report('decoder', 'sampling')
+    return self._finish('decoder', drawn), x_start
+
+  def decode_latents(self, latents: Array) -> Array:
+    """Images of what the decoder painted."""
+    self.report('autoencoder', 'preparing')
+    image = programs.decode_latents(
+      self.params['autoencoder'],
+      latents,
+      config=self.config.autoencoder,
+      tile=self.request.tile,
+      dtype=self.dtype,
+    )
+    self.report('autoencoder', 'sampling')
+    return self._finish('autoencoder', image)
+
+  def sample_upsampler(self, i: int, low: Array, prompt: Prompt) -> tuple[Sampled, Array]:
+    """Larger images of those of the stage before, and the noise that they began from."""
+    name, config, settings = f'upsampler_{i}', self.config.upsamplers[i], self.request.upsamplers[i]
+    self.report(name, 'preparing')
+    keys = programs.stage_keys(self.key_b, stage=programs.UPSAMPLER + i)
+    x_start = _start(keys, image_shape(config), self.request.noise.upsamplers[i])
+    # What an upsampler does not look at would be an argument of its program all the same.
+    reads = isinstance(config, GlideUpsamplerConfig)
+    drawn = programs.sample_upsampler(
+      self.params[name],
+      low,
+      self._with_known(prompt, 1 + i) if reads else Prompt(None, None, None),
+      keys,
+      settings.plan,
+      settings.eta,
+      x_start,
+      config=config,
+      sampler=settings.sampler,
+      variance=settings.variance,
+      with_trajectory=self.request.with_trajectories,
+      dtype=self.dtype,
+    )
+    self.report(name, 'sampling')
+    return self._finish(name, drawn), x_start
+
+  def wait(self) -> None:
+    """Until all stages have run, telling of each."""
+    for name, output in self.finished.items():
+      jax.block_until_ready(output)
+      self.report(name, 'done')
+
+  def _prior(
+    self,
+    stage: int,
+    text: TextFeatures,
+    null_text: TextFeatures,
+    guidance_scale: Any,
+    noise: Any,
+  ) -> tuple[Sampled, Array]:
+    config, settings = self.config.prior, self.request.prior
+    keys = programs.stage_keys(self.key_b, stage=stage)
+    keys = programs.candidate_keys(keys, num_candidates=self.request.num_candidates)
+    x_start = _start(keys, (config.embed_dim,), noise)
+    drawn = programs.sample_prior(
+      self.params['prior'],
+      text,
+      null_text,
+      keys,
+      settings.plan,
+      guidance_scale,
+      settings.eta,
+      x_start,
+      config=config,
+      sampler=settings.sampler,
+      variance=settings.variance,
+      with_trajectory=self.request.with_trajectories,
+      dtype=self.dtype,
+    )
+    return drawn, x_start
+
+  def _with_known(self, prompt: Prompt, stage: int) -> Prompt:
+    """With the picture that is to be completed, at the size of a stage."""
+    request = self.request
+    if request.known is None:
+      return prompt
+    return prompt._replace(known=request.known[stage], mask=request.mask[stage])
+
+  def _finish(self, name: str, output: Any) -> Any:
+    """Stages follow each other without the host, but where each has to make room for the next."""
+    is_offloaded = isinstance(self.params, Offloaded)
+    self.finished[name] = jax.block_until_ready(output) if is_offloaded else output
+    return output
+
+
+def image_shape(stage: AnyDecoderConfig | AnyUpsamplerConfig) -> tuple[int, int, int]:
+  """The shape of one image, or latent, of a stage."""
   return (stage.image_size, stage.image_size, stage.unet.in_channels)
-
-
-def first_rows(samples: Samples, n: int) -> Samples:
-  """The first n images."""
-  kept = jax.tree.map(lambda x: x[:n], samples._replace(prompts=(), trajectories=None))
-  trajectories = jax.tree.map(lambda x: x[:, :n], samples.trajectories)
-  return kept._replace(prompts=samples.prompts[:n], trajectories=trajectories)
-
-
-def concatenate(parts: list[Samples]) -> Samples:
-  """The images of several batches as one."""
-  if len(parts) == 1:
-    return parts[0]
-  arrays = [part._replace(prompts=(), trajectories=None) for part in parts]
-  joined = jax.tree.map(lambda *x: np.concatenate(x), *arrays)
-  trajectories = jax.tree.map(
-    lambda *x: np.concatenate(x, axis=1), *(part.trajectories for part in parts)
-  )
-  prompts = tuple(prompt for part in parts for prompt in part.prompts)
-  return joined._replace(prompts=prompts, trajectories=trajectories)
-
-
-def _check_finite(samples: Samples) -> None:
-  """A NaN would else be a black picture, which nobody could explain."""
-  upsamplers = [f'upsampler_{i}' for i in range(len(samples.stage_images) - 1)]
-  made = zip(
-    ('clip', 'prior', 'decoder', *upsamplers),
-    (samples.z_t, samples.z_i, *samples.stage_images),
-    strict=True,
-  )
-  for name, array in made:
-    if not np.isfinite(array).all():
-      raise UnclipError(
-        f'the {name} made a NaN or an infinity: take the dtype float32, or other weights'
-      )
 
 
 def _start(keys: Array, shape: tuple[int, ...], given: Any) -> Any:

@@ -7,19 +7,65 @@ another prompt, seed, guidance scale or eta compiles nothing.
 
 import contextlib
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from unclip_jax.configs import ClipConfig, DecoderConfig, PriorConfig, UpsamplerConfig
+from unclip_jax.configs import (
+  AnyDecoderConfig,
+  AnyUpsamplerConfig,
+  AutoencoderConfig,
+  ClipConfig,
+  GlideDecoderConfig,
+  GlideUpsamplerConfig,
+  PriorConfig,
+  StableUnclipDecoderConfig,
+  TextConfig,
+  XlmRobertaConfig,
+)
 from unclip_jax.diffusion.samplers import Trajectory, start_noise
 from unclip_jax.nn.clip import TextFeatures
-from unclip_jax.stages import clip, common, decoder, diffusion_prior, upsampler
+from unclip_jax.stages import (
+  autoencoder,
+  clip,
+  common,
+  decoder,
+  diffusion_prior,
+  glide,
+  stable_unclip,
+  text_encoder,
+  upsampler,
+)
 from unclip_jax.types import Array, Params, Step
 
 # What a stage folds into an image's key; upsampler i folds UPSAMPLER + i.
 PRIOR, DECODER, UPSAMPLER = 0, 1, 2
+NEGATIVE_PRIOR = 1 << 16
+Z_I_NOISE = 1 << 17  # beyond what a sampling loop folds into its key
+
+
+class Prompt(NamedTuple):
+  """What decoders and upsamplers paint; what one of them has no use for is None.
+
+  Attributes:
+    text: features of b captions.
+    null_text: features [b] of what guidance leads away from.
+    z_i: [b, d] CLIP image embeddings.
+    null_z_i: [b, d] what takes their place in the unconditional half, where none was learned.
+    noise_level: int32, the timestep that z_i is noised to.
+    known: [b, h, w, 3] in [-1, 1], a picture that is to be completed.
+    mask: [b, h, w, 1], 1 where it is known, else 0.
+  """
+
+  text: TextFeatures | None
+  null_text: TextFeatures | None
+  z_i: Array | None
+  null_z_i: Array | None = None
+  noise_level: Array | None = None
+  known: Array | None = None
+  mask: Array | None = None
 
 
 class Sampled(NamedTuple):
@@ -95,6 +141,29 @@ def encode_image(params: Params, image_bhwc: Array, *, config: ClipConfig, dtype
     return clip.encode_image(config, params, prepare(image_bhwc, config.vision.image_size), dtype)
 
 
+@functools.partial(jax.jit, static_argnames=('config', 'dtype'))
+def encode_zeros(params: Params, *, config: ClipConfig, dtype: Any) -> Array:
+  """float32 [1, d]: CLIP of a picture that is zero once standardised; Kandinsky's "no z_i"."""
+  size = config.vision.image_size
+  image = jnp.asarray(config.pixel_mean)[None, None, None] * 2 - 1
+  with _precision(dtype):
+    return clip.encode_image(config, params, jnp.broadcast_to(image, (1, size, size, 3)), dtype)
+
+
+@functools.partial(jax.jit, static_argnames=('config', 'dtype'))
+def encode_decoder_text(
+  params: Params,
+  ids_bt: Array,
+  mask_bt: Array,
+  *,
+  config: XlmRobertaConfig | TextConfig,
+  dtype: Any,
+) -> TextFeatures:
+  """Features of captions by a decoder's own text encoder."""
+  with _precision(dtype):
+    return text_encoder.encode(config, params, ids_bt, mask_bt, dtype)
+
+
 def prepare(image_bhwc: Array, size: int) -> Array:
   """Images as CLIP was trained on them: the shorter side is resized, the middle is cut out.
 
@@ -107,13 +176,23 @@ def prepare(image_bhwc: Array, size: int) -> Array:
   """
   if image_bhwc.dtype == jnp.uint8:
     image_bhwc = image_bhwc.astype(jnp.float32) / 127.5 - 1
-  b, height, width, c = image_bhwc.shape
-  if (height, width) != (size, size):
-    # The longer side is rounded down, and so is half of what is cut off, as by OpenAI's code.
-    height, width = (size * side // min(image_bhwc.shape[1:3]) for side in (height, width))
-    image_bhwc = jax.image.resize(image_bhwc, (b, height, width, c), 'cubic', antialias=True)
-    top, left = (height - size) // 2, (width - size) // 2
-    image_bhwc = image_bhwc[:, top : top + size, left : left + size]
+  b, *sides, c = image_bhwc.shape
+  if sides != [size, size]:
+    windows, scales, shifts = [], [], []
+    for side in sides:
+      # The longer side is rounded down, and so is half of what is cut off, as by OpenAI's code.
+      resized = size * side // min(sides)
+      scale, first = resized / side, (resized - size) // 2
+      # Only what the middle is made of is resized: all of a thin picture could be of any size. The
+      # cubic kernel reaches two pixels far, of the coarser of the two grids.
+      reach = 2 * max(1, 1 / scale) + 1
+      start = max(0, math.floor(first / scale - reach))
+      windows.append(slice(start, math.ceil((first + size) / scale + reach)))
+      scales.append(scale)
+      shifts.append(start * scale - first)
+    image_bhwc = jax.image.scale_and_translate(
+      image_bhwc[:, *windows], (b, size, size, c), (1, 2), *jnp.array((scales, shifts)), 'cubic'
+    )
   return jnp.clip(image_bhwc, -1, 1)
 
 
@@ -164,38 +243,52 @@ def sample_prior(
 )
 def sample_decoder(
   params: Params,
-  text: TextFeatures,
-  null_text: TextFeatures,
-  z_i: Array,
+  prompt: Prompt,
   key_b: Array,
   plan: Step,
   guidance_scale: Array | None,
   eta: Array,
   x_start: Array,
   *,
-  config: DecoderConfig,
+  config: AnyDecoderConfig,
   sampler: str,
   variance: str,
   with_trajectory: bool,
   dtype: Any,
 ) -> Sampled:
-  """Draws an image from each z_i and its caption."""
+  """Draws an image, or a latent, from each z_i and its caption."""
+  method = common.make_sampler(sampler, variance, eta)
+  how = (key_b, plan, method, guidance_scale, x_start, with_trajectory, dtype)
   with _precision(dtype):
-    image, trajectory = decoder.sample(
-      config,
-      params,
-      text,
-      null_text,
-      z_i,
-      key_b,
-      plan,
-      common.make_sampler(sampler, variance, eta),
-      guidance_scale,
-      x_start,
-      with_trajectory,
-      dtype,
+    if isinstance(config, GlideDecoderConfig):
+      text, null_text = prompt.text, prompt.null_text
+      drawn = glide.sample_base(config, params, text, null_text, *how, prompt.known, prompt.mask)
+      return Sampled(*drawn)
+    z_i, null_z_i = prompt.z_i, prompt.null_z_i
+    if isinstance(config, StableUnclipDecoderConfig):
+      noise = start_noise(
+        jax.vmap(lambda key: jax.random.fold_in(key, Z_I_NOISE))(key_b), z_i.shape[1:]
+      )
+      statistics = diffusion_prior.Statistics(**params['normalizer'])
+      z_i = stable_unclip.augment(config, statistics, z_i, prompt.noise_level, noise)
+      null_z_i, params = jnp.zeros_like(z_i), params['network']
+    drawn = decoder.sample(
+      config, params, prompt.text, prompt.null_text, z_i, *how, null_z_i=null_z_i
     )
-  return Sampled(image, trajectory)
+    return Sampled(*drawn)
+
+
+@functools.partial(jax.jit, static_argnames=('config', 'tile', 'dtype'))
+def decode_latents(
+  params: Params, latent_bhwc: Array, *, config: AutoencoderConfig, tile: int | None, dtype: Any
+) -> Array:
+  """Images float32 [b, h f, w f, 3] of latents as a decoder paints them; `tile` in pixels."""
+  with _precision(dtype):
+    latent_bhwc = latent_bhwc / config.scaling
+    if tile is None:
+      return autoencoder.decode(config, params, latent_bhwc, dtype)
+    side = tile // config.factor
+    return autoencoder.decode_tiled(config, params, latent_bhwc, side, side // 4, dtype)
 
 
 @functools.partial(
@@ -204,31 +297,28 @@ def sample_decoder(
 def sample_upsampler(
   params: Params,
   low_bhwc: Array,
+  prompt: Prompt,
   key_b: Array,
   plan: Step,
   eta: Array,
   x_start: Array,
   *,
-  config: UpsamplerConfig,
+  config: AnyUpsamplerConfig,
   sampler: str,
   variance: str,
   with_trajectory: bool,
   dtype: Any,
 ) -> Sampled:
   """Draws the large images of small ones."""
+  if isinstance(config, GlideUpsamplerConfig):
+    x_start = x_start * config.temperature
+  how = (key_b, plan, common.make_sampler(sampler, variance, eta), x_start, with_trajectory, dtype)
   with _precision(dtype):
-    image, trajectory = upsampler.sample(
-      config,
-      params,
-      low_bhwc,
-      key_b,
-      plan,
-      common.make_sampler(sampler, variance, eta),
-      x_start,
-      with_trajectory,
-      dtype,
-    )
-  return Sampled(image, trajectory)
+    if isinstance(config, GlideUpsamplerConfig):
+      given = (prompt.known, prompt.mask)
+      drawn = glide.sample_upsampler(config, params, prompt.text, low_bhwc, *how, *given)
+      return Sampled(*drawn)
+    return Sampled(*upsampler.sample(config, params, low_bhwc, *how))
 
 
 @jax.jit

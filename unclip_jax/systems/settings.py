@@ -225,8 +225,28 @@ def check_dtype(dtype: Any) -> np.dtype:
 
 def sizes(config: UnclipConfig) -> tuple[int, ...]:
   """The sizes that a model can stop at, in pixels, the decoder's first."""
-  stages = [config.decoder, *config.upsamplers] if config.decoder is not None else []
-  return tuple(stage.image_size for stage in stages)
+  if config.decoder is None:
+    return ()
+  factor = 1 if config.autoencoder is None else config.autoencoder.factor
+  return (config.decoder.image_size * factor, *(up.image_size for up in config.upsamplers))
+
+
+def at_size(config: UnclipConfig, size: int | None) -> UnclipConfig:
+  """The config with latents of the size that pictures of `size` pixels need.
+
+  What has no latents, or ends in an upsampler, has the sizes of its stages and no others.
+
+  Raises:
+    UnclipError: latents of that size cannot be halved as often as the U-Net does.
+  """
+  if size is None or config.autoencoder is None or config.upsamplers or size in sizes(config):
+    return config
+  check_count('the size', size)
+  factor = config.autoencoder.factor * 2 ** (len(config.decoder.unet.multipliers) - 1)
+  if size % factor:
+    raise UnclipError(f'the size is {size}: this model makes multiples of {factor} pixels')
+  decoder = dataclasses.replace(config.decoder, image_size=size // config.autoencoder.factor)
+  return dataclasses.replace(config, decoder=decoder)
 
 
 def num_upsamplers(config: UnclipConfig, size: int | None) -> int:

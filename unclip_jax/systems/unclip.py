@@ -23,10 +23,10 @@ from unclip_jax.configs import UnclipConfig
 from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.data.vocabulary import Vocabulary
 from unclip_jax.sharding import DATA_AXIS, Mesh
-from unclip_jax.systems import notices, pipeline, programs, settings
-from unclip_jax.systems.given import as_array, given_array
+from unclip_jax.systems import notices, pipeline, programs, requests, samples, settings
+from unclip_jax.systems.given import as_array
 from unclip_jax.systems.loading import load_parts
-from unclip_jax.systems.pipeline import Progress, Request, Samples, StartNoise
+from unclip_jax.systems.samples import Progress, Request, Samples, StartNoise
 from unclip_jax.systems.settings import Sampling
 from unclip_jax.types import Array, Params, UnclipError
 
@@ -43,18 +43,20 @@ class Unclip:
     config: of its stages.
     params: 'clip', 'prior' ({'network', 'statistics'}), 'decoder', 'upsampler_0', ... A stage may
       be absent until a call needs it.
-    tokenizer: of its captions.
+    tokenizer: of its captions; None where the decoder alone reads them.
     dtype: what the networks compute in.
     mesh: the devices that a batch is spread over, None for the default one.
     vocabulary: the words that it was trained on, None where the model does not say.
+    decoder_tokenizer: of a decoder with a text encoder of its own.
   """
 
   config: UnclipConfig
   params: Mapping[str, Params]
-  tokenizer: Tokenizer
+  tokenizer: Tokenizer | None
   dtype: Any = jnp.float32
   mesh: Mesh | None = None
   vocabulary: Vocabulary | None = None
+  decoder_tokenizer: Tokenizer | None = None
 
   def __repr__(self) -> str:
     made = ' or '.join(map(str, settings.sizes(self.config))) or 'no'
@@ -82,7 +84,7 @@ class Unclip:
     Raises:
       UnclipError: as `sample`.
     """
-    samples = self.sample(
+    drawn = self.sample(
       prompts,
       seed,
       num_images,
@@ -94,7 +96,7 @@ class Unclip:
       size=size,
       progress=progress,
     )
-    return samples.images
+    return drawn.images
 
   def sample(
     self,
@@ -111,8 +113,12 @@ class Unclip:
     size: int | None = None,
     z_t: Any = None,
     z_i: Any = None,
+    image: Any = None,
+    mask: Any = None,
+    noise_level: int | None = None,
     start_noise: StartNoise | None = None,
     with_trajectories: bool = False,
+    tile: int | None = None,
     batch_size: int | None = None,
     progress: Callable[[Progress], None] | None = None,
     on_batch: Callable[[Samples], None] | None = None,
@@ -133,11 +139,18 @@ class Unclip:
       upsampler: the same for all upsamplers.
       num_candidates: embeddings that the prior draws for each image, to keep the one nearest to
         z_t (section 2.2); None takes the model's.
-      size: in pixels, that of the stage to stop at; None goes to the end.
+      size: in pixels, that of the stage to stop at; None goes to the end. A decoder of latents
+        paints other sizes than its own too.
       z_t: float [n or 1, d], CLIP text embeddings in place of the captions' own.
       z_i: float [n or 1, d], CLIP image embeddings to decode; the prior does not run.
+      image: [n or 1, h, w, 3], uint8 or float in [-1, 1], for a network that completes pictures.
+      mask: bool [n or 1, h, w], true where `image` is to be painted anew.
+      noise_level: the timestep that Stable unCLIP noises z_i to, from 0: the higher it is, the more
+        the pictures of one z_i differ. None takes the model's.
       start_noise: what stages begin from, each float [n or 1, ...], where not drawn from the seed.
       with_trajectories: whether to return what lay between, at num_steps times the memory.
+      tile: pixels a side that an autoencoder decodes at a time, for devices that have no room for
+        all; tiles are blended, and not quite what it would make of the whole. None decodes it.
       batch_size: how many images go through a stage together at most; None takes 4 on a CPU, else
         16. The last batch is filled up, so that it compiles nothing.
       progress: called as stages begin and end.
@@ -146,63 +159,33 @@ class Unclip:
     Raises:
       UnclipError: an argument is not as above; the message names it and the remedy.
     """
-    captions = settings.check_prompts(prompts, allow_empty=z_i is not None)
-    num_images = settings.check_count('the number of images', num_images)
-    first_image = settings.check_count('the index of the first image', first_image, 0)
-    settings.check_count('the index of the last image', first_image + num_images - 1, 0, 2**32 - 1)
-    settings.check_total(len(captions), num_images)
     settings.check_callable('progress', progress)
     settings.check_callable('on_batch', on_batch)
-    config, n = self.config, len(captions) * num_images
-    if config.decoder is None or (config.prior is None and z_i is None):
-      self._check_has('decoder' if config.decoder is None else 'prior')
-    num_ups = settings.num_upsamplers(config, size)
-    if not isinstance(upsampler, Sampling):
-      raise UnclipError(f'upsampler: give a Sampling, not {type(upsampler).__name__}')
-    if upsampler.guidance_scale is not None:
-      raise UnclipError('upsampler: it is not guided; give the guidance scale to the decoder')
-    if num_candidates is None:
-      num_candidates = 1 if config.prior is None else config.prior.num_candidates
-    settings.check_count('the number of candidates', num_candidates)
-    prior_settings = None
-    if config.prior is not None:
-      prior_settings = settings.resolve(
-        'prior', config.prior.diffusion, config.prior.sampling, prior
-      )
-    decoder_settings = settings.resolve(
-      'decoder', config.decoder.diffusion, config.decoder.sampling, decoder
+    model = self._at(size)
+    request = requests.make(
+      model.config,
+      model.tokenizer,
+      model.decoder_tokenizer,
+      prompts,
+      seed,
+      num_images,
+      first_image,
+      negative_prompt,
+      requests.Samplings(prior, decoder, upsampler),
+      num_candidates,
+      size,
+      requests.Given(z_t, z_i, image, mask, noise_level, start_noise),
+      with_trajectories,
+      tile,
     )
-    guided = decoder_settings.guidance_scale is not None or (
-      z_i is None and prior_settings.guidance_scale is not None
-    )
-    # Those of all upsamplers are checked, also where an earlier size is the end.
-    ups_settings = tuple(
-      settings.resolve(f'upsampler {i}', up.diffusion, up.sampling, upsampler)
-      for i, up in enumerate(config.upsamplers)
-    )
-    captions = [caption for caption in captions for _ in range(num_images)]
-    request = Request(
-      captions=tuple(captions),
-      tokens=self.tokenizer.encode(captions),
-      null_tokens=self._null_tokens(negative_prompt, n, guided),
-      seed=np.uint32(settings.check_seed(seed)),
-      indices=np.uint32(first_image) + np.arange(n, dtype=np.uint32) % np.uint32(num_images),
-      num_candidates=num_candidates,
-      prior=prior_settings,
-      decoder=decoder_settings,
-      upsamplers=ups_settings[:num_ups],
-      z_t=given_array('z_t', z_t, n, (config.clip.embed_dim,)),
-      z_i=given_array('z_i', z_i, n, (config.clip.embed_dim,)),
-      noise=self._given_noise(start_noise, n, num_candidates, num_ups),
-      with_trajectories=with_trajectories,
-    )
-    for stage in ('clip', 'prior', 'decoder', *(f'upsampler_{i}' for i in range(num_ups))):
-      if stage != 'prior' or z_i is None:
-        self._check_has(stage)
-    texts = dict.fromkeys([*captions, negative_prompt or ''])
-    self._warn([notices.of_cut(self.tokenizer, text) for text in texts])
+    for stage in requests.stages(model.config, request):
+      self._check_has(stage)
+    texts = dict.fromkeys([*request.captions, negative_prompt or ''])
+    readers = [self.tokenizer, self.decoder_tokenizer]
+    self._warn([notices.of_cut(reader, text) for reader in readers if reader for text in texts])
     self._warn([self._notice_of_unseen(text) for text in texts])
-    return self._run(request, self._batch_size(n, batch_size), progress, on_batch)
+    n = len(request.captions)
+    return model._run(request, self._batch_size(n, batch_size), progress, on_batch)
 
   def encode_text(self, texts: str | Sequence[str]) -> Array:
     """CLIP's embeddings z_t of captions, float32 [n, embed_dim].
@@ -212,6 +195,8 @@ class Unclip:
     """
     texts = settings.check_prompts(texts, allow_empty=True)
     self._check_has('clip')
+    if self.config.clip.text is None:
+      raise UnclipError('this model came without the text tower of its CLIP: it reads no captions')
     self._warn([notices.of_cut(self.tokenizer, text) for text in texts])
     return self._encode_text(texts)
 
@@ -255,13 +240,13 @@ class Unclip:
     for batch in range(num_batches):
       rows = np.arange(batch * batch_size, min(n, (batch + 1) * batch_size))
       filled = request.take(np.pad(rows, (0, batch_size - len(rows)), mode='edge'))
-      samples = pipeline.sample_batch(
+      drawn = pipeline.sample_batch(
         self.config, self.params, filled, self.dtype, self.mesh, functools.partial(report, batch)
       )
-      parts.append(pipeline.first_rows(samples, len(rows)))
+      parts.append(samples.first_rows(drawn, len(rows)))
       if on_batch is not None:
         on_batch(parts[-1])
-    return pipeline.concatenate(parts)
+    return samples.concatenate(parts)
 
   def _batch_size(self, n: int, most: int | None) -> int:
     """A power of two if it may be: few sizes, so few programs, whatever numbers are asked for."""
@@ -271,36 +256,6 @@ class Unclip:
     size = min(most, 1 << (n - 1).bit_length())
     devices = 1 if self.mesh is None else self.mesh.shape[DATA_AXIS]
     return -(-size // devices) * devices
-
-  def _null_tokens(self, negative_prompt: str | None, n: int, guided: bool) -> Any:
-    """Tokens [n] of what guidance leads away from."""
-    if negative_prompt is not None:
-      settings.check_text(negative_prompt, 'the negative prompt', allow_empty=True)
-      if not guided:
-        raise UnclipError(
-          'the negative prompt is without effect as nothing is guided: give the decoder a guidance '
-          'scale above 1'
-        )
-    return self.tokenizer.encode([negative_prompt or ''] * n) if guided else None
-
-  def _given_noise(
-    self, noise: StartNoise | None, n: int, num_candidates: int, num_upsamplers: int
-  ) -> StartNoise:
-    """The caller's noise, checked; what is for stages that do not run is dropped."""
-    config, noise = self.config, StartNoise() if noise is None else noise
-    if not isinstance(noise, StartNoise) or not isinstance(noise.upsamplers, Sequence):
-      raise UnclipError('start_noise must be a StartNoise, with a tuple for the upsamplers')
-    ups = (*noise.upsamplers, *[None] * num_upsamplers)[:num_upsamplers]
-    return StartNoise(
-      given_array('start_noise.prior', noise.prior, n, (num_candidates, config.clip.embed_dim)),
-      given_array('start_noise.decoder', noise.decoder, n, pipeline.image_shape(config.decoder)),
-      tuple(
-        given_array(
-          f'start_noise.upsamplers[{i}]', x, n, pipeline.image_shape(config.upsamplers[i])
-        )
-        for i, x in enumerate(ups)
-      ),
-    )
 
   def _encode_text(self, texts: Sequence[str]) -> Array:
     tokens = self.tokenizer.encode(texts)
@@ -326,6 +281,11 @@ class Unclip:
     for message in filter(None, messages):
       warn(message, stacklevel=_level_of_the_user())
 
+  def _at(self, size: int | None) -> 'Unclip':
+    """The model for pictures of another size, where its decoder paints latents of any."""
+    config = settings.at_size(self.config, size)
+    return self if config is self.config else dataclasses.replace(self, config=config)
+
   def _check_has(self, stage: str) -> None:
     if stage not in self.params:
       raise UnclipError(
@@ -339,6 +299,7 @@ def load(
   dtype: Any = 'float32',
   num_devices: int = 1,
   offload: bool = False,
+  prior: str | Any = None,
 ) -> Unclip:
   """Opens a model: the one that comes with the package, or a folder.
 
@@ -349,6 +310,8 @@ def load(
     num_devices: over how many devices a batch is spread.
     offload: keep the parameters in the host's memory, and each stage's on the devices only while
       it runs.
+    prior: a model whose CLIP and prior are taken: Kandinsky is published as two, and Stable unCLIP
+      without one.
 
   Raises:
     UnclipError: there is no such model, one of its files is missing, damaged, or belongs to another
@@ -356,8 +319,16 @@ def load(
   """
   dtype = settings.check_dtype(dtype)
   settings.check_count('the number of devices', num_devices)
-  config, params, tokenizer, mesh, vocabulary = load_parts(model, dtype, num_devices, offload)
-  return Unclip(config, params, tokenizer, dtype, mesh, vocabulary)
+  opened, params, mesh = load_parts(model, dtype, num_devices, offload, prior)
+  return Unclip(
+    opened.config,
+    params,
+    opened.tokenizer,
+    dtype,
+    mesh,
+    opened.vocabulary,
+    opened.decoder_tokenizer,
+  )
 
 
 @functools.cache

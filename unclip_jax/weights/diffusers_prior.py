@@ -4,7 +4,7 @@ from typing import Any
 
 from etils import epath
 
-from unclip_jax.configs import PriorConfig, SamplingConfig
+from unclip_jax.configs import DiffusionConfig, PriorConfig, SamplingConfig
 from unclip_jax.types import UnclipError
 from unclip_jax.weights import layouts
 from unclip_jax.weights.diffusers_schedulers import read_unclip_scheduler
@@ -12,6 +12,8 @@ from unclip_jax.weights.foreign_config import Fields
 from unclip_jax.weights.foreign_folder import read_component_config
 from unclip_jax.weights.rules import Rule, dense, heads_in, heads_out, layer_norm
 
+# What all pipelines with such a prior default to.
+NUM_STEPS, GUIDANCE_SCALE = 25, 4.0
 # A mask that follows from the sequence.
 IGNORED = ('causal_attention_mask',)
 
@@ -22,13 +24,21 @@ def read_config(folder: epath.Path, scheduler_folder: epath.Path) -> PriorConfig
   Raises:
     UnclipError: a file is missing, or a field asks for what ours does not do.
   """
+  sampling = SamplingConfig(NUM_STEPS, spacing='karlo', guidance_scale=GUIDANCE_SCALE)
+  return read_config_of(folder, read_unclip_scheduler(scheduler_folder), sampling)
+
+
+def read_config_of(
+  folder: epath.Path, diffusion: DiffusionConfig, sampling: SamplingConfig
+) -> PriorConfig:
+  """As `read_config`, of a prior whose scheduler was read.
+
+  Raises:
+    UnclipError: a file is missing, or a field asks for what ours does not do.
+  """
   sizes = _read_sizes(read_component_config(folder, 'PriorTransformer'))
   return PriorConfig(
-    **sizes,
-    diffusion=read_unclip_scheduler(scheduler_folder),
-    sampling=SamplingConfig(num_steps=25, spacing='karlo', guidance_scale=4.0),
-    unit_norm=False,
-    num_candidates=1,
+    **sizes, diffusion=diffusion, sampling=sampling, unit_norm=False, num_candidates=1
   )
 
 

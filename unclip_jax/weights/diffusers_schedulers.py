@@ -1,16 +1,197 @@
 """Noise schedules and samplers as diffusers saves them: `scheduler_config.json`."""
 
+import warnings
+from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
 
-from unclip_jax.configs import DiffusionConfig
+from unclip_jax.configs import DiffusionConfig, SamplingConfig
 from unclip_jax.types import UnclipError
+from unclip_jax.weights.foreign_config import Fields, read_json
 from unclip_jax.weights.foreign_folder import SCHEDULER_CONFIG_NAME, read_component_config
 
 _PREDICTIONS = {'epsilon': 'eps', 'sample': 'x_0', 'v_prediction': 'v'}
 _PREDICTION_NAMES = {ours: theirs for theirs, ours in _PREDICTIONS.items()}
-_VARIANCES = {'fixed_small_log': False, 'learned_range': True}  # whether it is learned
+_UNCLIP_VARIANCES = {'fixed_small_log': False, 'learned_range': True}  # whether it is learned
+_VARIANCES = {
+  'fixed_small': 'fixed_small',
+  'fixed_small_log': 'fixed_small',
+  'fixed_large': 'fixed_large',
+  'fixed_large_log': 'fixed_large',
+  'learned_range': 'learned',
+}
+_VARIANCE_NAMES = {
+  'fixed_small': 'fixed_small',
+  'fixed_large': 'fixed_large',
+  'learned': 'learned_range',
+}
+_SCHEDULES = {'linear': 'linear', 'scaled_linear': 'scaled_linear', 'squaredcos_cap_v2': 'cosine'}
+_SCHEDULE_NAMES = {ours: theirs for theirs, ours in _SCHEDULES.items()}
+_DDPM, _DDIM, _PNDM = 'DDPMScheduler', 'DDIMScheduler', 'PNDMScheduler'
+# 'linspace' is Karlo's spacing. diffusers' DDIM has it too, but steps to noise that is not of the
+# next timestep.
+_SPACINGS = {
+  _DDPM: {'leading': 'leading', 'trailing': 'trailing', 'linspace': 'karlo'},
+  _DDIM: {'leading': 'leading', 'trailing': 'trailing'},
+}
+# Solvers that are not here, with what they take for granted where DDIM does not.
+_OF_SIGMAS = {'timestep_spacing': 'linspace'}
+_OF_KARRAS = {**_OF_SIGMAS, 'beta_start': 8.5e-4, 'beta_end': 0.012}
+_SOLVERS: Mapping[str, Mapping[str, Any]] = {
+  _PNDM: {'set_alpha_to_one': False},
+  'DEISMultistepScheduler': _OF_SIGMAS,
+  'DPMSolverMultistepScheduler': _OF_SIGMAS,
+  'DPMSolverSinglestepScheduler': _OF_SIGMAS,
+  'EulerAncestralDiscreteScheduler': _OF_SIGMAS,
+  'EulerDiscreteScheduler': _OF_SIGMAS,
+  'HeunDiscreteScheduler': _OF_KARRAS,
+  'KDPM2AncestralDiscreteScheduler': _OF_KARRAS,
+  'KDPM2DiscreteScheduler': _OF_KARRAS,
+  'LMSDiscreteScheduler': _OF_SIGMAS,
+  'UniPCMultistepScheduler': _OF_SIGMAS,
+}
+# What stays in a file when a pipeline is given another scheduler, which then does not look at it.
+_OF_OTHERS = (
+  'algorithm_type', 'euler_at_final', 'final_sigmas_type', 'flow_shift', 'interpolation_type',
+  'lambda_min_clipped', 'lower_order_final', 'predict_x0', 'set_alpha_to_one', 'sigma_max',
+  'sigma_min', 'skip_prk_steps', 'solver_order', 'solver_type', 'time_shift_type', 'timestep_type',
+  'use_beta_sigmas', 'use_exponential_sigmas', 'use_karras_sigmas', 'variance_type',
+)  # fmt: skip
+
+
+def read_scheduler(
+  folder: epath.Path, num_steps: int, guidance_scale: float
+) -> tuple[DiffusionConfig, SamplingConfig]:
+  """A `DDPMScheduler` or `DDIMScheduler`, sampled in so many steps and guided so much.
+
+  Other solvers of the same noise schedule are opened as DDIM without noise, with a UserWarning.
+  Their own fields have no meaning here. What they space evenly from end to end is 'trailing': DDIM
+  begins there at the same timestep.
+
+  Two things are not as in diffusers. The last step never adds noise; with `DDPMScheduler` it does
+  where the last timestep is above 0 and the variance is not small. And trailing strides lead from
+  one timestep to the next also where their number does not divide that of the schedule.
+
+  Args:
+    folder: of `scheduler_config.json`.
+    num_steps: what the pipeline takes unless it is told otherwise.
+    guidance_scale: the same.
+
+  Raises:
+    UnclipError: a field asks for what ours does not do.
+  """
+  path = folder / SCHEDULER_CONFIG_NAME
+  values = read_json(path)
+  name = values.get('_class_name', _DDIM)
+  known = (_DDPM, _DDIM, *_SOLVERS)
+  if name not in known:
+    raise UnclipError(f'{path}: _class_name is {name!r}: only {", ".join(known)} can be opened')
+  is_solver, is_ddpm = name in _SOLVERS, name == _DDPM
+  fields = Fields({**_SOLVERS.get(name, {}), **values}, str(path))
+  bounds = _read_bounds(fields, can_clip=not is_solver)
+  variance = 'fixed_small'
+  if is_ddpm:
+    variance = fields.choose('variance_type', _VARIANCES, 'fixed_small')
+  diffusion = DiffusionConfig(
+    **_read_schedule(fields),
+    prediction=fields.choose('prediction_type', _PREDICTIONS, 'epsilon'),
+    learned_variance=variance == 'learned',
+    **bounds,
+    keep_eps=bool(bounds) and not is_ddpm,
+  )
+  spacings = _SPACINGS[_DDPM if is_ddpm else _DDIM]
+  if is_solver:
+    spacings = {**spacings, 'linspace': 'trailing'}
+  spacing = fields.choose('timestep_spacing', spacings, 'leading')
+  offset = fields.take('steps_offset', 0)
+  to_x_0 = fields.take('set_alpha_to_one', True) if name in (_DDIM, _PNDM) else True
+  fields.ignore(_OF_OTHERS)
+  if is_solver:
+    warnings.warn(f'{path}: {name} is not here, ddim without noise takes its place', stacklevel=2)
+  else:
+    fields.done()
+  sampling = SamplingConfig(
+    num_steps=num_steps,
+    sampler='ddpm' if is_ddpm else 'ddim',
+    spacing=spacing,
+    variance=variance,
+    offset=offset if spacing == 'leading' else 0,
+    to_x_0=to_x_0,
+    guidance_scale=guidance_scale,
+  )
+  return diffusion, sampling
+
+
+def write_scheduler(
+  name: str, diffusion: DiffusionConfig, sampling: SamplingConfig
+) -> dict[str, Any]:
+  """The inverse of `read_scheduler`, without what pipelines are told at each call.
+
+  Args:
+    name: of the stage, for messages.
+    diffusion: of the stage.
+    sampling: of the stage; number of steps, guidance scale and eta are not written.
+
+  Raises:
+    UnclipError: there is no such scheduler.
+  """
+  theirs = {'ddpm': _DDPM, 'ddim': _DDIM}.get(sampling.sampler)
+  if theirs is None:
+    raise UnclipError(f'{name}.sampling.sampler is {sampling.sampler}: diffusers has ddpm and ddim')
+  spacings = {ours: word for word, ours in _SPACINGS[theirs].items()}
+  is_bounded = diffusion.dynamic_threshold is not None or diffusion.clip_x_0 is not None
+  is_ddpm = theirs == _DDPM
+  needed = {
+    f'sampling.spacing is {sampling.spacing}: take one of {", ".join(spacings)}': (
+      sampling.spacing in spacings
+    ),
+    'sampling.to_x_0 is false: only ddim ends with noise': sampling.to_x_0 or not is_ddpm,
+    'diffusion.learned_variance is true: only ddpm has a use for it': (
+      is_ddpm or not diffusion.learned_variance
+    ),
+    'diffusion.keep_eps is false: there ddim keeps eps where x_0 is bounded': (
+      is_ddpm or diffusion.keep_eps or not is_bounded
+    ),
+    'diffusion.dynamic_threshold is set without a threshold_max': (
+      diffusion.dynamic_threshold is None or diffusion.threshold_max is not None
+    ),
+  }
+  for what, fits in needed.items():
+    if not fits:
+      raise UnclipError(f'{name}.{what} ({theirs} of diffusers)')
+  values = {
+    '_class_name': theirs,
+    **_write_schedule(f'{name}.diffusion', diffusion),
+    'prediction_type': _PREDICTION_NAMES[diffusion.prediction],
+    **_write_bounds(diffusion),
+    'timestep_spacing': spacings[sampling.spacing],
+    'steps_offset': sampling.offset,
+  }
+  if is_ddpm:
+    return values | {'variance_type': _VARIANCE_NAMES[sampling.variance]}
+  return values | {'set_alpha_to_one': sampling.to_x_0}
+
+
+def read_noising_scheduler(folder: epath.Path) -> DiffusionConfig:
+  """A scheduler that only adds noise: its noise schedule, whatever it has for sampling.
+
+  Raises:
+    UnclipError: a field asks for what ours does not do.
+  """
+  # The others scale what they add noise to in ways of their own.
+  names = (_DDPM, _DDIM, _PNDM, 'UnCLIPScheduler')
+  fields = read_component_config(folder, names, SCHEDULER_CONFIG_NAME)
+  return DiffusionConfig(**_read_schedule(fields))
+
+
+def write_noising_scheduler(name: str, diffusion: DiffusionConfig) -> dict[str, Any]:
+  """The inverse of `read_noising_scheduler`; `name` is of the config, for messages.
+
+  Raises:
+    UnclipError: there is no such scheduler.
+  """
+  return {'_class_name': _DDPM, **_write_schedule(name, diffusion)}
 
 
 def read_unclip_scheduler(folder: epath.Path) -> DiffusionConfig:
@@ -28,7 +209,7 @@ def read_unclip_scheduler(folder: epath.Path) -> DiffusionConfig:
     schedule='cosine',
     num_steps=fields.take('num_train_timesteps', 1000),
     prediction=fields.choose('prediction_type', predictions, 'epsilon'),
-    learned_variance=fields.choose('variance_type', _VARIANCES, 'fixed_small_log'),
+    learned_variance=fields.choose('variance_type', _UNCLIP_VARIANCES, 'fixed_small_log'),
     clip_x_0=limit if clips else None,
   )
   fields.done()
@@ -60,3 +241,56 @@ def write_unclip_scheduler(name: str, diffusion: DiffusionConfig) -> dict[str, A
     'prediction_type': _PREDICTION_NAMES[diffusion.prediction],
     'beta_schedule': 'squaredcos_cap_v2',
   }
+
+
+def _read_schedule(fields: Fields) -> dict[str, Any]:
+  schedule = fields.choose('beta_schedule', _SCHEDULES, 'linear')
+  num_steps = fields.take('num_train_timesteps', 1000)
+  betas = fields.take('beta_start', 1e-4), fields.take('beta_end', 0.02)
+  fields.expect(trained_betas=None, rescale_betas_zero_snr=False, use_flow_sigmas=False)
+  if schedule == 'linear':  # our betas are those of 1000 steps
+    betas = betas[0] * (num_steps / 1000), betas[1] * (num_steps / 1000)
+  return {
+    'schedule': schedule,
+    'num_steps': num_steps,
+    'betas': None if schedule == 'cosine' else betas,
+  }
+
+
+def _write_schedule(name: str, diffusion: DiffusionConfig) -> dict[str, Any]:
+  schedule, num_steps = diffusion.schedule, diffusion.num_steps
+  if schedule not in _SCHEDULE_NAMES:
+    raise UnclipError(f'{name}.schedule is {schedule}: diffusers has {", ".join(_SCHEDULE_NAMES)}')
+  values = {'num_train_timesteps': num_steps, 'beta_schedule': _SCHEDULE_NAMES[schedule]}
+  if schedule == 'cosine':
+    return values
+  scale = 1.0
+  if schedule == 'linear':
+    scale, (first, last) = num_steps / 1000, diffusion.betas or (1e-4, 0.02)
+  else:
+    first, last = diffusion.betas or (8.5e-4, 0.012)
+  return values | {'beta_start': first / scale, 'beta_end': last / scale}
+
+
+def _read_bounds(fields: Fields, can_clip: bool) -> dict[str, Any]:
+  """What bounds x_0, if anything: fields of a `DiffusionConfig`."""
+  clips, limit = fields.take('clip_sample', True), fields.take('clip_sample_range', 1.0)
+  thresholds, most = fields.take('thresholding', False), fields.take('sample_max_value', 1.0)
+  percentile = 100 * fields.take('dynamic_thresholding_ratio', 0.995)
+  if thresholds and most == 1:  # divided by 1, whatever the percentile
+    return {'clip_x_0': 1.0}
+  if thresholds:
+    return {'dynamic_threshold': percentile, 'threshold_max': most}
+  return {'clip_x_0': limit} if clips and can_clip else {}
+
+
+def _write_bounds(diffusion: DiffusionConfig) -> dict[str, Any]:
+  if diffusion.dynamic_threshold is not None:
+    return {
+      'clip_sample': False,
+      'thresholding': True,
+      'dynamic_thresholding_ratio': diffusion.dynamic_threshold / 100,
+      'sample_max_value': diffusion.threshold_max,
+    }
+  clip = diffusion.clip_x_0
+  return {'clip_sample': clip is not None, 'clip_sample_range': 1.0 if clip is None else clip}

@@ -62,9 +62,13 @@ _IGNORED = (
 
 
 def read_condition_config(
-  fields: Fields, encoder_hid_dim_type: str | None = None
+  fields: Fields, default_size: int | None = None
 ) -> tuple[UNetConfig, int]:
   """The U-Net of a `UNet2DConditionModel`, and its size in pixels; leaves what embeds to others.
+
+  Args:
+    fields: of its config.json, without those that say what is projected and embedded.
+    default_size: where the file tells none; None: it has to.
 
   Raises:
     UnclipError: a field asks for what ours does not do.
@@ -73,7 +77,6 @@ def read_condition_config(
     **_EXPECTED,
     **_CONDITION_EXPECTED,
     mid_block_type='UNetMidBlock2DSimpleCrossAttn',
-    encoder_hid_dim_type=encoder_hid_dim_type,
   )
   levels = _attention_levels(fields)
   if not levels:
@@ -84,7 +87,7 @@ def read_condition_config(
     head_dim=fields.take('attention_head_dim'),
     context_dim=fields.take('cross_attention_dim'),
   )
-  return config, fields.take('sample_size')
+  return config, fields.take('sample_size', default_size)
 
 
 def read_unconditional_config(fields: Fields, condition_channels: int) -> tuple[UNetConfig, int]:
@@ -116,6 +119,10 @@ def write_config(config: UNetConfig, image_size: int) -> dict[str, Any]:
     raise UnclipError(
       f'diffusers has no U-Net that folds {config.patch_size} x {config.patch_size} pixels into '
       'channels (patch_size): train one with a patch_size of 1'
+    )
+  if config.multipliers[0] != 1:
+    raise UnclipError(
+      f'diffusers has no U-Net whose multipliers begin with {config.multipliers[0]}: with 1 alone'
     )
   has_attention = [level in config.attention_levels for level in range(len(config.multipliers))]
   channels = [config.channels * m for m in config.multipliers]

@@ -6,10 +6,12 @@ The folder is the same whether shipped, trained, converted or on a hub. `unclip.
    "written_by": "unclip_jax 0.1.0",             what wrote it, for people
    "config": {...},                              the configs; what is in them is for the caller
    "stages": {"prior": "prior.safetensors"},     file names, relative to the folder
-   "tokenizer": "tokenizer.json",
+   "tokenizer": "tokenizer.json",                absent where the decoder alone reads captions
+   "decoder_tokenizer": "decoder_tokenizer.json", of a decoder with a text encoder of its own
    "vocabulary": "vocabulary.json"}              may be absent; see `unclip_jax.data.vocabulary`
 """
 
+import functools
 import json
 import os
 import shutil
@@ -24,10 +26,11 @@ from unclip_jax.weights.safetensors import load_params, save_params, write_atomi
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = 'unclip.json'
-TOKENIZER_NAME = 'tokenizer.json'
+TOKENIZER_NAME, DECODER_TOKENIZER_NAME = 'tokenizer.json', 'decoder_tokenizer.json'
 VOCABULARY_NAME = 'vocabulary.json'
-_KEYS = {'format_version', 'written_by', 'config', 'stages', 'tokenizer'}
-_OPTIONAL_KEYS = {'vocabulary'}
+_KEYS = {'format_version', 'written_by', 'config', 'stages'}
+_TOKENIZERS = {'tokenizer': TOKENIZER_NAME, 'decoder_tokenizer': DECODER_TOKENIZER_NAME}
+_OPTIONAL_KEYS = {*_TOKENIZERS, 'vocabulary'}
 
 
 class Manifest(NamedTuple):
@@ -36,28 +39,31 @@ class Manifest(NamedTuple):
   Attributes:
     config: the configs, plain JSON.
     stages: stage name -> its safetensors file.
-    tokenizer: the tokenizer's file.
+    tokenizer: the tokenizer's file, None where the decoder alone reads captions.
     written_by: the program that wrote the folder.
     vocabulary: the file of the words that it was trained on, None where there is none.
+    decoder_tokenizer: the file of the tokenizer of a decoder that has one of its own.
   """
 
   config: dict[str, Any]
   stages: dict[str, epath.Path]
-  tokenizer: epath.Path
+  tokenizer: epath.Path | None
   written_by: str
   vocabulary: epath.Path | None = None
+  decoder_tokenizer: epath.Path | None = None
 
 
 def write_model(
   folder: os.PathLike[str] | str,
   config_json: Mapping[str, Any],
   params: Mapping[str, Params],
-  tokenizer_file: os.PathLike[str] | str,
+  tokenizer_file: os.PathLike[str] | str | None,
   dtype: Any = None,
   written_by: str = 'unclip_jax',
   keep: Sequence[str] = (),
   vocabulary: Mapping[str, Any] | None = None,
   ending: Literal['.safetensors', '.orbax'] = '.safetensors',
+  decoder_tokenizer_file: os.PathLike[str] | str | None = None,
 ) -> None:
   """Writes a model folder. Each file appears whole or not at all, `unclip.json` as the last.
 
@@ -65,23 +71,26 @@ def write_model(
     folder: made if missing; other files in it are left alone.
     config_json: what JSON can hold.
     params: stage name -> its parameters.
-    tokenizer_file: copied.
+    tokenizer_file: copied; None is a model whose decoder alone reads captions.
     dtype: what floating arrays are cast to, see `save_params`; None keeps theirs.
     written_by: program and version.
     keep: names of stages whose files are there already and stay part of the model.
     vocabulary: what JSON can hold, the content of vocabulary.json; None is a model without one.
     ending: of the stages, safetensors files or Orbax checkpoints, which are folders.
+    decoder_tokenizer_file: copied, of a decoder with a text encoder of its own.
 
   Raises:
     UnclipError: a parameter holds a NaN, or a file cannot be read or written.
   """
-  folder, tokenizer_file = epath.Path(folder), epath.Path(tokenizer_file)
+  folder = epath.Path(folder)
+  given = {'tokenizer': tokenizer_file, 'decoder_tokenizer': decoder_tokenizer_file}
+  tokenizers = {name: epath.Path(file) for name, file in given.items() if file is not None}
   manifest = {
     'format_version': FORMAT_VERSION,
     'written_by': written_by,
     'config': dict(config_json),
     'stages': {name: f'{name}{ending}' for name in sorted({*params, *keep})},
-    'tokenizer': TOKENIZER_NAME,
+    **{name: _TOKENIZERS[name] for name in tokenizers},
   }
   if vocabulary is not None:
     manifest['vocabulary'] = VOCABULARY_NAME
@@ -89,8 +98,9 @@ def write_model(
   words = json.dumps(vocabulary, indent=1, ensure_ascii=False, allow_nan=False) + '\n'
   for name in manifest['stages'].values():
     inside(folder, name)
-  if not tokenizer_file.exists():
-    raise UnclipError(f'there is no tokenizer {tokenizer_file}: check the path')
+  for file in tokenizers.values():
+    if not file.exists():
+      raise UnclipError(f'there is no tokenizer {file}: check the path')
   for name, stage_params in params.items():
     if ending == '.orbax':
       from unclip_jax.weights.checkpoint import save_tree  # takes seconds to import
@@ -98,8 +108,9 @@ def write_model(
       save_tree(folder / f'{name}{ending}', stage_params, dtype)
     else:
       save_params(folder / f'{name}{ending}', stage_params, dtype)
-  # Copied aside first, as it may be the very file that is replaced.
-  write_atomically(folder / TOKENIZER_NAME, lambda part: _copy(tokenizer_file, part))
+  for name, file in tokenizers.items():
+    # Copied aside first, as it may be the very file that is replaced.
+    write_atomically(folder / _TOKENIZERS[name], functools.partial(_copy, file))
   if vocabulary is not None:
     write_atomically(folder / VOCABULARY_NAME, lambda part: _write_text(part, words))
   write_atomically(folder / MANIFEST_NAME, lambda part: _write_text(part, text))
@@ -137,12 +148,19 @@ def read_manifest(folder: os.PathLike[str] | str) -> Manifest:
   if not isinstance(fields['config'], dict) or not isinstance(fields['stages'], dict):
     raise UnclipError(f'{path}: config and stages must be JSON objects: download it again')
   stages = {name: inside(folder, file) for name, file in fields['stages'].items()}
-  tokenizer = inside(folder, fields['tokenizer'])
-  vocabulary = inside(folder, fields['vocabulary']) if 'vocabulary' in fields else None
-  for file in (*stages.values(), tokenizer, *([vocabulary] if vocabulary else [])):
+  others = {name: inside(folder, fields[name]) for name in _OPTIONAL_KEYS if name in fields}
+  for file in (*stages.values(), *others.values()):
     if not file.exists():
       raise UnclipError(f'{path} names {file.name}, which is not there: download it again')
-  return Manifest(fields['config'], stages, tokenizer, str(fields['written_by']), vocabulary)
+  tokenizer, vocabulary = others.get('tokenizer'), others.get('vocabulary')
+  return Manifest(
+    fields['config'],
+    stages,
+    tokenizer,
+    str(fields['written_by']),
+    vocabulary,
+    others.get('decoder_tokenizer'),
+  )
 
 
 def read_stage(

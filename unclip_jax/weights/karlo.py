@@ -99,7 +99,10 @@ def decoder_rules(config: DecoderConfig) -> list[Rule]:
 
 
 def write_configs(
-  config: UnclipConfig, tokenizer_class: str, end_id: int
+  config: UnclipConfig,
+  tokenizer_class: str,
+  end_id: int,
+  decoder_tokenizer_class: str | None = None,
 ) -> dict[str, dict[str, Any]]:
   """The JSON files of a folder that diffusers opens, by their paths in it.
 
@@ -111,6 +114,7 @@ def write_configs(
     config: of the model.
     tokenizer_class: of transformers.
     end_id: of the tokenizer's end of text, where transformers reads a caption's embedding.
+    decoder_tokenizer_class: of other families; Karlo's decoder has no tokenizer of its own.
 
   Raises:
     UnclipError: Karlo has no such model; names what is different.

@@ -7,18 +7,20 @@ know what to expect, so that a file of another architecture is an error and neve
 import contextlib
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors import numpy as safetensors_numpy
 
 from unclip_jax.types import Array, Params, UnclipError
+from unclip_jax.weights.byte_ranges import LazyTensor, is_remote
+from unclip_jax.weights.safetensors_file import stored_tensors
 
 _NAMES_SHOWN = 3
 
@@ -64,7 +66,7 @@ def load_params(path: os.PathLike[str] | str, expected: Params, dtype: Any = Non
   The host holds one array at a time. Names and shapes are checked before the first is read.
 
   Args:
-    path: the file; `gs://` and the like work (it is copied to a temporary file first).
+    path: the file; of one in a store (`gs://` and the like) each array is fetched by itself.
     expected: nested dicts of `jax.ShapeDtypeStruct`s or arrays: the names and shapes wanted. A
       leaf with a sharding is placed by it, others on the default device.
     dtype: of the floating arrays returned; None takes that of `expected`.
@@ -78,17 +80,19 @@ def load_params(path: os.PathLike[str] | str, expected: Params, dtype: Any = Non
   """
   path = epath.Path(path)
   wanted = named_leaves(expected)
-  with _local_copy(path) as local, _opened(local, path) as file:
-    _check_names(path, set(file.keys()), wanted)
+  with contextlib.ExitStack() as stack:
+    tensors = _open(path, stack)
+    _check_names(path, set(tensors), wanted)
     for name, leaf in wanted.items():
-      shape = tuple(file.get_slice(name).get_shape())
+      shape = tensors[name].shape
       if shape != tuple(leaf.shape):
         raise UnclipError(
           f'{path}: {name} has the shape {list(shape)}, wanted is {list(leaf.shape)}: the file '
           'belongs to another configuration, open it with its own'
         )
-    arrays = [_read(file, path, name, leaf, dtype) for name, leaf in wanted.items()]
-  return jax.tree.unflatten(jax.tree.structure(expected), arrays)
+    # In the order of the file, which disks and stores are fast at.
+    arrays = {name: _read(tensor, name, wanted[name], dtype) for name, tensor in tensors.items()}
+  return jax.tree.unflatten(jax.tree.structure(expected), [arrays[name] for name in wanted])
 
 
 def reach(path: os.PathLike[str] | str) -> epath.Path:
@@ -123,7 +127,7 @@ def write_atomically(path: epath.Path, write: Callable[[Path], None]) -> None:
       one that was there before is untouched.
   """
   try:
-    if _is_remote(path):
+    if is_remote(path):
       with tempfile.TemporaryDirectory() as folder:
         part = Path(folder) / path.name
         write(part)
@@ -145,16 +149,6 @@ def write_atomically(path: epath.Path, write: Callable[[Path], None]) -> None:
     ) from error
 
 
-class _File(Protocol):
-  """The part of an open safetensors file that is used."""
-
-  def keys(self) -> list[str]: ...
-
-  def get_slice(self, name: str) -> Any: ...
-
-  def get_tensor(self, name: str) -> np.ndarray: ...
-
-
 def named_leaves(tree: Params) -> dict[str, Any]:
   """The leaves of nested dicts by their names, the keys on the way joined by dots."""
   named: dict[str, Any] = {}
@@ -172,38 +166,22 @@ def _umask() -> int:
   return umask
 
 
-def _is_remote(path: epath.Path) -> bool:
-  return '://' in str(path)
-
-
-@contextlib.contextmanager
-def _local_copy(path: epath.Path) -> Iterator[Path]:
-  """Gives a file that can be mapped into memory."""
+def _open(path: epath.Path, stack: contextlib.ExitStack) -> dict[str, LazyTensor]:
   if not path.exists():
     raise UnclipError(
       f'there is no weights file {path}: check the path, or download the model again'
     )
-  if not _is_remote(path):
-    yield Path(path)
-    return
-  with tempfile.TemporaryDirectory() as folder:
-    local = Path(folder) / path.name
-    path.copy(local)
-    yield local
-
-
-@contextlib.contextmanager
-def _opened(local: Path, path: epath.Path) -> Iterator[_File]:
   try:
-    with safe_open(local, framework='numpy') as file:
-      yield file
-  except SafetensorError as error:
-    raise UnclipError(
-      f'{path} is cut short, or not a safetensors file ({error}): copy or download it again'
-    ) from error
+    return stored_tensors(path, stack)
   except OSError as error:
     raise UnclipError(
       f'cannot read {path} ({error.strerror or error}): check that it is a file and may be read'
+    ) from error
+  except UnclipError:
+    raise
+  except (RecursionError, ValueError) as error:
+    raise UnclipError(
+      f'{path} is cut short, or not a safetensors file ({error}): copy or download it again'
     ) from error
 
 
@@ -227,10 +205,11 @@ def _some(names: list[str]) -> str:
   return ', '.join(names[:_NAMES_SHOWN]) + (f' and {more} more' if more > 0 else '')
 
 
-def _read(file: _File, path: epath.Path, name: str, leaf: Any, dtype: Any) -> Array:
+def _read(tensor: LazyTensor, name: str, leaf: Any, dtype: Any) -> Array:
+  path = tensor.file
   try:
-    array = file.get_tensor(name)
-  except SafetensorError as error:
+    array = tensor.read()
+  except Exception as error:  # of stores, of mapped memory
     raise UnclipError(f'{path}: {name} cannot be read ({error}): download it again') from error
   floating = jnp.issubdtype(leaf.dtype, jnp.floating)
   if floating != jnp.issubdtype(array.dtype, jnp.floating):

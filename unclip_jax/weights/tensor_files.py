@@ -2,8 +2,9 @@
 
 A file is opened by what it is: safetensors, a zip file of torch (`torch_archive`), torch's format
 from before 1.6, or the JSON index of a model in several of them. Opening reads names and shapes
-alone; each tensor is read when it is asked for, out of a file that stays mapped into memory. Only
-the old format of torch needs torch, and is read into memory at once.
+alone; each tensor is read when it is asked for, by its bytes, out of a file that stays mapped into
+memory or lies in a store (`gs://` for instance). Only the old format of torch needs torch, and is
+read into memory at once.
 """
 
 import contextlib
@@ -12,24 +13,21 @@ import json
 import os
 import pickle
 import re
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import KeysView, Mapping
 from types import ModuleType, TracebackType
 from typing import Any, NoReturn
 
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from safetensors import safe_open
 
 from unclip_jax.types import UnclipError
+from unclip_jax.weights import git_lfs
+from unclip_jax.weights.byte_ranges import LazyTensor
 from unclip_jax.weights.folder import inside
-from unclip_jax.weights.torch_archive import (
-  LazyTensor,
-  archive_tensors,
-  refusal,
-  state_dict,
-)
+from unclip_jax.weights.safetensors import reach
+from unclip_jax.weights.safetensors_file import no_name_twice, stored_tensors
+from unclip_jax.weights.torch_archive import archive_tensors, refusal, state_dict
 
 _NAMES_SHOWN = 3
 # How the old format begins: a pickle of protocol 2 of the number 0x1950a86a20f9469cfc6c.
@@ -37,22 +35,6 @@ _LEGACY_MAGIC = b'\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.'
 _ZIP_MAGIC = b'PK\x03\x04'
 # Before it, a file could corrupt memory in spite of weights_only (CVE-2026-24747).
 _SAFE_TORCH = (2, 10)
-# Those of safetensors that numpy can hold, by their names in its headers.
-_DTYPES = {
-  'BOOL': 'bool',
-  'U8': 'uint8',
-  'I8': 'int8',
-  'U16': 'uint16',
-  'I16': 'int16',
-  'F16': 'float16',
-  'BF16': 'bfloat16',
-  'U32': 'uint32',
-  'I32': 'int32',
-  'F32': 'float32',
-  'U64': 'uint64',
-  'I64': 'int64',
-  'F64': 'float64',
-}
 
 
 class TensorFile:
@@ -66,7 +48,7 @@ class TensorFile:
   """
 
   def __init__(
-    self, path: Path, tensors: Mapping[str, LazyTensor], stack: contextlib.ExitStack
+    self, path: epath.Path, tensors: Mapping[str, LazyTensor], stack: contextlib.ExitStack
   ) -> None:
     self.path = path
     self._tensors = tensors
@@ -83,9 +65,9 @@ class TensorFile:
   ) -> None:
     self._stack.close()
 
-  def names(self) -> set[str]:
-    """The names of the tensors."""
-    return set(self._tensors)
+  def names(self) -> KeysView[str]:
+    """The names of the tensors, in the order in which they lie in their files."""
+    return self._tensors.keys()
 
   def shape(self, name: str) -> tuple[int, ...]:
     """The shape of a tensor. Raises UnclipError where there is none of the name."""
@@ -120,29 +102,29 @@ def open_tensors(path: os.PathLike[str] | str) -> TensorFile:
 
   Args:
     path: of a .safetensors file; of a .bin, .pt, .pth, .th or .ckpt file of torch, where what it
-      is counts and not its name; or of the `.index.json` beside the files of one model.
+      is counts and not its name; or of the `.index.json` beside the files of one model. `gs://` and
+      the like work, and nothing is copied to this machine's disk.
 
   Raises:
-    UnclipError: the file is missing, empty, cut short, of another format, or damaged; its pickle
-      asks for more than tensors; two tensors have one name; a tensor lies outside of the file; an
-      index and its files disagree; or only torch can read it, which is not installed.
+    UnclipError: the file is missing, empty, a pointer of Git LFS, cut short, of another format, or
+      damaged; its store cannot be reached; its pickle asks for more than tensors; two tensors have
+      one name; a tensor lies outside of the file; an index and its files disagree; or only torch
+      can read it, which is not installed.
   """
-  if '://' in os.fspath(path):
-    raise UnclipError(f'{path} is not on this machine: copy it here first')
-  path = Path(path).expanduser()
+  path = reach(path)
   with contextlib.ExitStack() as stack:
     tensors = (_sharded if path.suffix == '.json' else _one_file)(path, stack)
     return TensorFile(path, tensors, stack.pop_all())
 
 
-def _one_file(path: Path, stack: contextlib.ExitStack) -> dict[str, LazyTensor]:
+def _one_file(path: epath.Path, stack: contextlib.ExitStack) -> dict[str, LazyTensor]:
   head = _head(path)
   try:
     if path.suffix == '.safetensors' or head[8:9] == b'{':
-      return _safetensors(path, stack)
+      return stored_tensors(path, stack)
     if head.startswith(_ZIP_MAGIC):
       return archive_tensors(path, stack)
-    if head == _LEGACY_MAGIC:
+    if head.startswith(_LEGACY_MAGIC):
       return _legacy(path)
   except UnclipError:
     raise
@@ -157,22 +139,23 @@ def _one_file(path: Path, stack: contextlib.ExitStack) -> dict[str, LazyTensor]:
   )
 
 
-def _head(path: Path) -> bytes:
+def _head(path: epath.Path) -> bytes:
   if path.is_dir():
     raise UnclipError(f'{path} is a folder: give the file, or the .index.json of several')
   if not path.exists():
     raise UnclipError(f'there is no weights file {path}: check the path, or download it again')
   try:
     with path.open('rb') as file:
-      head = file.read(len(_LEGACY_MAGIC))
+      head = file.read(git_lfs.HEAD)
   except OSError as error:
     _cannot_read(path, error)
   if not head:
     raise UnclipError(f'{path} is empty: copy or download it again')
+  git_lfs.refuse_pointer(path, head)
   return head
 
 
-def _cannot_read(path: Path, error: OSError) -> NoReturn:
+def _cannot_read(path: epath.Path, error: OSError) -> NoReturn:
   raise UnclipError(
     f'cannot read {path} ({error.strerror or error}): check that it is a file and may be read'
   ) from error
@@ -181,10 +164,22 @@ def _cannot_read(path: Path, error: OSError) -> NoReturn:
 # --- Several files.
 
 
-def _sharded(path: Path, stack: contextlib.ExitStack) -> dict[str, LazyTensor]:
+def shards(path: epath.Path) -> tuple[epath.Path, ...]:
+  """The files that the index of a model names; none where `path` is no index.
+
+  Raises:
+    UnclipError: the index is damaged.
+  """
+  if path.suffix != '.json':
+    return ()
+  return tuple(path.parent / file for file in _read_index(path))
+
+
+def _read_index(path: epath.Path) -> dict[str, set[str]]:
+  """The names of the tensors in each file, by the names of the files, which are all there."""
   _head(path)
   try:
-    index = json.loads(path.read_text(encoding='utf-8'), object_pairs_hook=_no_name_twice)
+    index = json.loads(path.read_text(encoding='utf-8'), object_pairs_hook=no_name_twice)
   except OSError as error:
     _cannot_read(path, error)
   except (ValueError, RecursionError) as error:
@@ -194,13 +189,18 @@ def _sharded(path: Path, stack: contextlib.ExitStack) -> dict[str, LazyTensor]:
     raise UnclipError(f'{path} has no weight_map of names to files: give the index of a model')
   named: dict[str, set[str]] = {}
   for name, file in places.items():
-    inside(epath.Path(path.parent), file, path.name)
+    inside(path.parent, file, path.name)
     named.setdefault(file, set()).add(name)
-  tensors: dict[str, LazyTensor] = {}
-  for file, names in named.items():
-    shard = path.parent / file
-    if not shard.exists():
+  for file in named:
+    if not (path.parent / file).exists():
       raise UnclipError(f'{path} names {file}, which is not there: download it again')
+  return named
+
+
+def _sharded(path: epath.Path, stack: contextlib.ExitStack) -> dict[str, LazyTensor]:
+  tensors: dict[str, LazyTensor] = {}
+  for file, names in _read_index(path).items():
+    shard = path.parent / file
     found = _one_file(shard, stack)
     if missing := sorted(names - found.keys()):
       raise UnclipError(f'{shard} lacks {_some(missing)}, which {path.name} says it has')
@@ -215,42 +215,15 @@ def _some(names: list[str]) -> str:
   return ', '.join(names[:_NAMES_SHOWN]) + (f' and {more} more' if more > 0 else '')
 
 
-def _no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-  entries: dict[str, Any] = {}
-  for name, value in pairs:
-    if name in entries:
-      raise ValueError(f'the name {name} twice')
-    entries[name] = value
-  return entries
+# --- Torch's format from before 1.6.
 
 
-# --- The formats, but for torch's archives.
-
-
-def _safetensors(path: Path, stack: contextlib.ExitStack) -> dict[str, LazyTensor]:
-  file = stack.enter_context(safe_open(path, framework='numpy'))
-  # The package takes the last of two tensors of one name.
-  with path.open('rb') as raw:
-    json.loads(raw.read(int.from_bytes(raw.read(8), 'little')), object_pairs_hook=_no_name_twice)
-  return {name: _of_safetensors(path, file, name) for name in file.keys()}  # noqa: SIM118
-
-
-def _of_safetensors(path: Path, file: Any, name: str) -> LazyTensor:
-  part = file.get_slice(name)
-  if part.get_dtype() not in _DTYPES:
-    raise UnclipError(
-      f'{path}: {name} is of the type {part.get_dtype()}, which is not read: take a file of '
-      'float16, bfloat16 or float32'
-    )
-  dtype = jnp.dtype(_DTYPES[part.get_dtype()])
-  return LazyTensor(path, tuple(part.get_shape()), dtype, lambda: file.get_tensor(name))
-
-
-def _legacy(path: Path) -> dict[str, LazyTensor]:
+def _legacy(path: epath.Path) -> dict[str, LazyTensor]:
   torch = _import_torch(path)
   try:
     # It cannot be mapped: where a tensor begins is only known from those before it.
-    loaded = torch.load(path, map_location='cpu', weights_only=True)
+    with path.open('rb') as file:
+      loaded = torch.load(file, map_location='cpu', weights_only=True)
   except pickle.UnpicklingError as error:
     if asked := re.search(r'GLOBAL (\w[\w.]*\w)', str(error)):
       raise refusal(path, asked[1]) from error
@@ -261,7 +234,7 @@ def _legacy(path: Path) -> dict[str, LazyTensor]:
   return {name: _of_torch(torch, path, name, tensor) for name, tensor in tensors.items()}
 
 
-def _import_torch(path: Path) -> ModuleType:
+def _import_torch(path: epath.Path) -> ModuleType:
   remedy = f"pip install 'torch>={'.'.join(map(str, _SAFE_TORCH))}', or have the file saved anew"
   try:
     # At run time and by its name: importing the package must not need torch.
@@ -276,7 +249,7 @@ def _import_torch(path: Path) -> ModuleType:
   return torch
 
 
-def _of_torch(torch: ModuleType, path: Path, name: str, tensor: Any) -> LazyTensor:
+def _of_torch(torch: ModuleType, path: epath.Path, name: str, tensor: Any) -> LazyTensor:
   try:
     # numpy has no bfloat16 of its own; torch gives it the bits.
     is_brain = tensor.dtype == torch.bfloat16

@@ -3,7 +3,7 @@
 `torch.save` (from torch 1.6 on) and TorchScript, OpenAI's CLIP for instance, write a zip file:
 
   <root>/data.pkl      a pickle: the names, and for each tensor its storage, offset, shape, strides
-  <root>/data/0 ...    the storages, raw and uncompressed, so that they can be mapped into memory
+  <root>/data/0 ...    the storages, raw and uncompressed, so that they can be read alone
   <root>/byteorder     `little` or `big`; files from before torch 2.1 have none and are little
   <root>/code/...      TorchScript alone: programs, which nothing here looks at
 
@@ -13,51 +13,41 @@ refuses all others, before anything is imported or called.
 
 import contextlib
 import io
-import mmap
 import pickle
 import pickletools
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from unclip_jax.types import UnclipError
+from unclip_jax.weights.byte_ranges import ByteRanges, LazyTensor
 
 # Of a shape or a stride: eight bytes times it is still an int64.
 _LIMIT = 2**60
 
 
-class LazyTensor(NamedTuple):
-  """A tensor of a file, known but not read; `read` gives an array of its own in C order."""
-
-  file: Path
-  shape: tuple[int, ...]
-  dtype: np.dtype
-  read: Callable[[], np.ndarray]
-
-
-def archive_tensors(path: Path, stack: contextlib.ExitStack) -> dict[str, LazyTensor]:
+def archive_tensors(path: epath.Path, stack: contextlib.ExitStack) -> dict[str, LazyTensor]:
   """The tensors of a zip file of `torch.save` or TorchScript.
 
   The names of a TorchScript module are its attributes' on the way, joined by dots, as its
   state_dict has them; attributes that are no tensors (flags, numbers, lists) are left out.
 
   Args:
-    path: the file.
-    stack: keeps the file open and mapped.
+    path: the file, local or in a store.
+    stack: keeps the file open.
 
   Raises:
     UnclipError: the file is no such archive, is big-endian, asks for more than tensors, lacks
       their bytes, or holds something else in a tensor's place.
     Exception: it is damaged; of any kind.
   """
-  file = stack.enter_context(path.open('rb'))
-  archive = stack.enter_context(zipfile.ZipFile(file))
-  mapped = stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+  ranges = ByteRanges(path, stack)
+  archive = stack.enter_context(zipfile.ZipFile(ranges.file))
   members = {info.filename: info for info in archive.infolist()}
   if len(members) != len(archive.infolist()):
     raise UnclipError(f'{path} holds two files of one name: download it again')
@@ -70,7 +60,7 @@ def archive_tensors(path: Path, stack: contextlib.ExitStack) -> dict[str, LazyTe
   members = {name.removeprefix(f'{roots[0]}/'): info for name, info in members.items()}
   if 'byteorder' in members and (order := archive.read(members['byteorder'])) != b'little':
     raise UnclipError(f'{path} is of the byte order {order!r}: save it anew on another machine')
-  opened = _Archive(path, archive, mapped, members)
+  opened = _Archive(path, archive, ranges, members)
   loaded = _Unpickler(path, archive.read(members['data.pkl'])).load()
   is_module = isinstance(loaded, _ScriptObject)
   refs = _OrderedDict(_attributes(loaded)) if is_module else state_dict(path, loaded, _Ref)
@@ -184,7 +174,7 @@ _KNOWN: Mapping[tuple[str, str], Any] = {
 class _Unpickler(pickle.Unpickler):
   """Knows the words above. C code behind it asks `find_class` for every other thing to call."""
 
-  def __init__(self, path: Path, content: bytes) -> None:
+  def __init__(self, path: epath.Path, content: bytes) -> None:
     for word, arg, _ in pickletools.genops(content):
       # As long as the largest index, and that is up to the file, is the table behind it.
       if 'PUT' in word.name and arg > len(content):
@@ -204,7 +194,7 @@ class _Unpickler(pickle.Unpickler):
     return _Storage(kind.dtype, key, num_elements)
 
 
-def refusal(path: Path, word: str) -> UnclipError:
+def refusal(path: epath.Path, word: str) -> UnclipError:
   """The error for a pickle that asks for more than tensors."""
   return UnclipError(
     f'{path} is refused: it would run {word!r}, which is not needed to describe tensors; take a '
@@ -224,7 +214,7 @@ def _attributes(
       yield from _attributes(value, f'{prefix}{name}.', above | {id(module)})
 
 
-def state_dict(path: Path, loaded: Any, kind: type) -> dict[str, Any]:
+def state_dict(path: epath.Path, loaded: Any, kind: type) -> dict[str, Any]:
   """The tensors of a dict of them, or of one under 'state_dict' with other things beside it."""
   if not isinstance(loaded, dict):
     raise UnclipError(
@@ -253,9 +243,9 @@ def state_dict(path: Path, loaded: Any, kind: type) -> dict[str, Any]:
 
 
 class _Archive(NamedTuple):
-  path: Path
+  path: epath.Path
   archive: zipfile.ZipFile
-  mapped: mmap.mmap
+  ranges: ByteRanges
   members: Mapping[str, zipfile.ZipInfo]
 
   def lazy(self, name: str, ref: _Ref) -> LazyTensor:
@@ -277,16 +267,17 @@ class _Archive(NamedTuple):
 
   def read(self, info: zipfile.ZipInfo, ref: _Ref) -> np.ndarray:
     dtype = ref.storage.dtype
-    mapped = info.compress_type == zipfile.ZIP_STORED and not info.flag_bits & 1
-    # Else compressed, by someone who packed the file anew; or encrypted, which raises.
-    buffer, start = (self.mapped, self._start(info)) if mapped else (self.archive.read(info), 0)
     strides = [dtype.itemsize * step for step in ref.strides]
-    start += dtype.itemsize * ref.offset
-    return np.array(np.ndarray(ref.shape, dtype, buffer, start, strides), order='C')
+    start = dtype.itemsize * ref.offset
+    if info.compress_type == zipfile.ZIP_STORED and not info.flag_bits & 1:
+      return self.ranges.array(self._start(info) + start, ref.shape, dtype, strides)
+    # Compressed, by someone who packed the file anew; or encrypted, which raises.
+    content = self.archive.read(info)
+    return np.array(np.ndarray(ref.shape, dtype, content, start, strides), order='C')
 
   def _start(self, info: zipfile.ZipInfo) -> int:
     """Where a member's bytes begin: behind its header, whose length the index does not tell."""
-    header = self.mapped[info.header_offset : info.header_offset + 30]
+    header = self.ranges.read(info.header_offset, 30)
     lengths = (int.from_bytes(header[at : at + 2], 'little') for at in (26, 28))
     start = info.header_offset + len(header) + sum(lengths)
     if header[:4] != b'PK\x03\x04':

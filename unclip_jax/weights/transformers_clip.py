@@ -110,13 +110,13 @@ def read_model_config(folder: epath.Path) -> ClipConfig:
 
 
 def read_config(
-  text: Mapping[str, Any],
+  text: Mapping[str, Any] | None,
   vision: Mapping[str, Any] | None,
   preprocessor: Mapping[str, Any] | None,
   where: str,
   unit_norm: bool,
 ) -> ClipConfig:
-  """Both towers, or the text's alone, as one CLIP.
+  """Both towers, or one alone, as one CLIP.
 
   Args:
     text: a `CLIPTextConfig`.
@@ -128,12 +128,17 @@ def read_config(
   Raises:
     UnclipError: the towers do not meet, or a field asks for what ours does not do.
   """
-  text_tower, embed_dim = read_text_config(text, f'{where}: text tower')
-  vision_tower = None
+  text_tower = vision_tower = None
+  widths = set()
+  if text is not None:
+    text_tower, embed_dim = read_text_config(text, f'{where}: text tower')
+    widths.add(embed_dim)
   if vision is not None:
-    vision_tower, other = read_vision_config(vision, f'{where}: image tower')
-    if other != embed_dim:
-      raise UnclipError(f'{where}: projection_dim of the towers differ: {embed_dim} and {other}')
+    vision_tower, embed_dim = read_vision_config(vision, f'{where}: image tower')
+    widths.add(embed_dim)
+  if len(widths) != 1:
+    given = ' and '.join(map(str, sorted(widths)))
+    raise UnclipError(f'{where}: projection_dim of the towers differ: {given}')
   mean, std = OPENAI_MEAN, OPENAI_STD
   if preprocessor is not None:
     mean, std = read_pixel_statistics(preprocessor, f'{where}: {PREPROCESSOR_NAME}')
