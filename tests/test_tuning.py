@@ -1,5 +1,6 @@
 """Fine-tuning: a run that starts as a copy of a model, and adapters beside weights that stay."""
 
+import dataclasses
 import shutil
 
 import jax
@@ -11,6 +12,7 @@ from experiments.emoji import common, train_clip, train_decoder, train_prior, tr
 from experiments.emoji.options import parse_options
 from experiments.emoji.tuning import begin_tuning
 from unclip_jax.config_json import override, to_json
+from unclip_jax.configs import GlideUpsamplerConfig
 from unclip_jax.systems.unclip import load
 from unclip_jax.train.log import RunLog
 from unclip_jax.train.lora import init_lora, merge_lora
@@ -186,6 +188,17 @@ def test_adapters_of_something_else_are_refused(base, tuned, tmp_path):
   common.export_stage(options(base, tmp_path / 'other'), 'clip', clip)
   with pytest.raises(UnclipError, match='its CLIP is not that of --init'):
     begin('--lora=2', run=tmp_path / 'other')
+
+
+def test_a_stage_of_another_kind_is_not_trained(base, tmp_path):
+  train = options(base, tmp_path / 'run')
+  up = CONFIG.upsamplers[0]
+  glide = GlideUpsamplerConfig(
+    up.image_size, up.low_size, up.unet, up.diffusion, up.sampling, CONFIG.clip.text
+  )
+  config = dataclasses.replace(CONFIG, upsamplers=(glide,))
+  with pytest.raises(UnclipError, match='its upsampler_0 is of another kind'):
+    common.begin(dataclasses.replace(train, config=config), 'upsampler_0')
 
 
 def test_a_model_that_lacks_what_training_needs_is_named(base, tmp_path):

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 import unclip_jax
-from experiments.emoji import common, held_out, measures
+from experiments.emoji import held_out, measures
 from experiments.emoji.compose import Sprites, in_domain, load_sprites
 from experiments.emoji.held_out import Gallery
+from experiments.emoji.options import Parser
 from unclip_jax import Unclip
 from unclip_jax.evaluate.retrieval import Interval, bootstrap, is_first
 from unclip_jax.systems.loading import find_folder
@@ -136,11 +137,9 @@ class Bench:
     return float(1 - (within / (n * (n - 1))).mean())
 
 
-def make_parser(description: str | None, samples: int) -> common.Parser:
+def make_parser(description: str | None, samples: int) -> Parser:
   """The options that `open_bench` reads."""
-  parser = common.Parser(
-    description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
   add = parser.add_argument
   add('--run', type=Path, default=Path('runs/emoji_small'), help='what is measured')
   add('--judge', type=Path, default=Path('runs/judge'), help='run of train_judge')

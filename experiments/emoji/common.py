@@ -1,13 +1,11 @@
-"""What the four training scripts share: their options, the data as arrays, CLIP's features."""
+"""What the four training scripts share: the start of a run, the data as arrays, its export."""
 
-import argparse
-import dataclasses
-import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,204 +15,59 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 import unclip_jax
 from experiments.emoji.compose import load_sprites
 from experiments.emoji.domain import make_vocabulary
+from experiments.emoji.options import TrainConfig
 from experiments.emoji.pool import Pool, make_pool
-from experiments.emoji.vocabulary import fit_to_tokenizer
-from unclip_jax import config_json, configs
+from unclip_jax import config_json
+from unclip_jax.configs import DecoderConfig, PriorConfig, UpsamplerConfig
 from unclip_jax.data.tokenizer import Tokenizer
+from unclip_jax.data.vocabulary import Vocabulary
 from unclip_jax.nn.clip import TextFeatures
-from unclip_jax.presets import preset
 from unclip_jax.stages import clip
-from unclip_jax.systems.checks import check_config
-from unclip_jax.systems.formats import open_model, read_vocabulary
-from unclip_jax.systems.loading import find_folder
-from unclip_jax.train.state import (
-  Metrics,
-  OptimizerConfig,
-  TrainState,
-  TrainStep,
-  gather,
-  make_learning_rate,
-  make_multi_step,
-)
+from unclip_jax.stages.diffusion_prior import Statistics, fit_statistics
+from unclip_jax.systems.convert import convert
+from unclip_jax.systems.formats import Model, open_model, read_vocabulary
+from unclip_jax.systems.loading import find_folder, read_stages
+from unclip_jax.train.state import Metrics, TrainState, TrainStep, gather, make_multi_step
 from unclip_jax.types import Array, Params, UnclipError
-from unclip_jax.weights.folder import MANIFEST_NAME, read_manifest, read_stage, write_model
+from unclip_jax.weights.folder import (
+  MANIFEST_NAME,
+  TOKENIZER_NAME,
+  read_manifest,
+  read_stage,
+  write_model,
+)
 
-TOKENIZER = Path(__file__).parent / 'tokenizer.json'
 
+def begin(train: TrainConfig, stage: str) -> None:
+  """Makes the folder of a new fine-tune a copy of the model of `--init`.
 
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-  """A stage's training, as its script's options give it.
+  The stages that are not trained stay as they are, so that the run is a whole model at once.
 
-  Attributes:
-    init: a model whose weights the stage starts from, where it has them; None starts afresh.
-    run: the model folder that is trained, and below it a folder a stage with its checkpoints.
-    config: of all stages.
-    optimizer: of this one.
-    steps, batch_size, ema_decay: as they say.
-    chunk: updates between two lines of the log.
-    save_every: updates between checkpoints.
-    draft_steps: updates of the decoder's draft alone, before the first of the decoder.
-    minutes: stop, with a checkpoint, after so long; None trains all steps.
-    pool_size: composed examples held in memory, from which batches are drawn.
-    styles, groups, labels, scene_fraction, jitter: what is drawn, see `CaptionedEmoji`.
-    stage: which of the upsamplers.
-    data: folder of a build; None is the one that comes with the repository.
-    seed: of everything random.
-    dtype: what the networks compute in.
+  Raises:
+    UnclipError: the model has no such stage, one of another kind, or no image tower to learn it by.
   """
-
-  init: str | None
-  run: Path
-  config: configs.UnclipConfig
-  optimizer: OptimizerConfig
-  steps: int
-  batch_size: int
-  ema_decay: float
-  chunk: int
-  save_every: int
-  draft_steps: int
-  minutes: float | None
-  pool_size: int
-  styles: tuple[str, ...] | None
-  groups: tuple[str, ...] | None
-  labels: tuple[str, ...]
-  scene_fraction: float
-  jitter: float
-  stage: int
-  data: Path | None
-  seed: int
-  dtype: Any
-
-
-class Parser(argparse.ArgumentParser):
-  """Says what is wrong with options in one line, through `run`."""
-
-  def error(self, message: str) -> NoReturn:
-    """Raises UnclipError in place of printing the usage and leaving."""
-    raise UnclipError(f'{message} (see --help)')
-
-
-def parse_options(
-  argv: list[str] | None,
-  description: str,
-  optimizer: OptimizerConfig,
-  steps: int,
-  batch_size: int,
-  ema_decay: float = 0.999,
-  pool_size: int = 65536,
-) -> TrainConfig:
-  """The options of a training script (of the process if argv is None); defaults as given."""
-  on_accelerator = jax.default_backend() != 'cpu'
-  parser = Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-  add = parser.add_argument
-  add('--run', type=Path, default=Path('runs/emoji_small'), help='folder of the run')
-  add('--init', default=None, help="a model whose weights to start from, such as 'default'")
-  add('--preset', default='emoji_small', help='tiny, emoji_small, emoji, paper or karlo')
-  add(
-    '--set',
-    dest='assignments',
-    action='append',
-    default=[],
-    metavar='FIELD=VALUE',
-    help='overrides of the preset (decoder.width=96) or of the optimiser (optimizer.FIELD of: '
-    + ', '.join(f'{field.name}' for field in dataclasses.fields(OptimizerConfig))
-    + ')',
-  )
-  add('--steps', type=int, default=steps, help='updates in all, those of earlier starts included')
-  add('--batch-size', type=int, default=batch_size, help='examples of an update')
-  add('--ema-decay', type=float, default=ema_decay, help='of the average that is exported')
-  add('--chunk', type=int, default=100 if on_accelerator else 20, help='updates between log lines')
-  add('--save-every', type=int, default=1000, help='updates between checkpoints')
-  add(
-    '--draft-steps', type=int, default=2500, help="of the decoder's draft first; 0 keeps --init's"
-  )
-  add('--minutes', type=float, default=None, help='stop with a checkpoint after so long')
-  add('--pool-size', type=int, default=pool_size, help='composed examples held in memory')
-  add('--styles', nargs='+', default=None, help='of flat 3d noto twemoji (all)')
-  add('--groups', nargs='+', default=None, help="emojibase's, such as food-drink (all)")
-  add('--labels', nargs='+', default=(), help='objects beside those of --groups, such as rocket')
-  add('--scene-fraction', type=float, default=0.15, help='pictures of two objects')
-  add('--jitter', type=float, default=0.04, help='largest change of scale and of place')
-  add('--stage', type=int, default=0, help='which of the upsamplers, by train_upsampler')
-  add('--data', type=Path, default=None, help='a build of experiments.emoji.build')
-  add('--seed', type=int, default=0, help='of everything random')
-  add('--dtype', default='bfloat16' if on_accelerator else 'float32', help='of the networks')
-  args = parser.parse_args(argv)
-  ours = [a.removeprefix('optimizer.') for a in args.assignments if a.startswith('optimizer.')]
-  theirs = [a for a in args.assignments if not a.startswith('optimizer.')]
-  chosen = preset(args.preset)
-  for name in ('steps', 'batch_size', 'chunk', 'save_every'):
-    if getattr(args, name) < 1:
-      raise UnclipError(f'--{name.replace("_", "-")} {getattr(args, name)}: take 1 or more')
-  if args.steps % args.chunk:
-    raise UnclipError(f'--steps {args.steps}: take a multiple of --chunk {args.chunk}')
-  if args.draft_steps < 0:
-    raise UnclipError(f'--draft-steps {args.draft_steps}: take 0 or more')
-  if args.pool_size < args.batch_size:
+  stages = {'prior': train.config.prior, 'decoder': train.config.decoder}
+  stages |= {f'upsampler_{i}': config for i, config in enumerate(train.config.upsamplers)}
+  if stages.get(stage) is None:
+    raise UnclipError(f'--init {train.init}: it has no {stage}')
+  if not isinstance(stages[stage], PriorConfig | DecoderConfig | UpsamplerConfig):
     raise UnclipError(
-      f'--pool-size {args.pool_size}: take at least the {args.batch_size} of --batch-size'
+      f'--init {train.init}: its {stage} is of another kind than the {stage} that is trained here'
     )
-  if args.init is not None:
-    open_model(find_folder(args.init))
-  for name, most in (('scene_fraction', 1), ('ema_decay', 1), ('jitter', 0.5)):
-    value = getattr(args, name)
-    if not 0 <= value <= most:
-      raise UnclipError(f'--{name.replace("_", "-")} {value:g}: take a fraction from 0 to {most:g}')
-  if args.dtype not in ('float32', 'bfloat16'):
-    raise UnclipError(f'--dtype {args.dtype}: take float32 or bfloat16')
-  config = config_json.override(fit_to_tokenizer(chosen, Tokenizer.load(TOKENIZER)), theirs)
-  if args.stage not in range(len(config.upsamplers)):
-    raise UnclipError(f'--stage {args.stage}: the preset has {len(config.upsamplers)} upsamplers')
-  check_config(config)
-  optimizer = config_json.override(optimizer, ours)
-  try:
-    make_learning_rate(optimizer, args.steps)
-  except UnclipError as error:
-    raise UnclipError(f'{error} (--set optimizer.FIELD=VALUE, or --steps)') from error
-  return TrainConfig(
-    init=args.init,
-    run=args.run,
-    config=config,
-    optimizer=optimizer,
-    steps=args.steps,
-    batch_size=args.batch_size,
-    ema_decay=args.ema_decay,
-    chunk=args.chunk,
-    save_every=args.save_every,
-    draft_steps=args.draft_steps,
-    minutes=args.minutes,
-    pool_size=args.pool_size,
-    styles=tuple(args.styles) if args.styles else None,
-    groups=tuple(args.groups) if args.groups else None,
-    labels=tuple(args.labels),
-    scene_fraction=args.scene_fraction,
-    jitter=args.jitter,
-    stage=args.stage,
-    data=args.data,
-    seed=args.seed,
-    dtype=jnp.dtype(args.dtype),
-  )
-
-
-def save_options(train: TrainConfig, folder: Path) -> None:
-  """Writes what a stage is trained with to `options.json` in its folder."""
-  options = {
-    name: value if isinstance(value, int | float | None) else str(value)
-    for name, value in vars(train).items()
-    if name not in ('config', 'optimizer', 'styles', 'groups', 'labels')
-  }
-  options |= {'styles': train.styles, 'groups': train.groups, 'labels': train.labels}
-  options |= {'config': config_json.to_json(train.config), 'optimizer': vars(train.optimizer)}
-  folder.mkdir(parents=True, exist_ok=True)
-  (folder / 'options.json').write_text(json.dumps(options, indent=2) + '\n')
+  if train.config.clip.vision is None and not stage.startswith('upsampler'):
+    raise UnclipError(
+      f'--init {train.init}: it came without the image tower of its CLIP, whose embeddings the '
+      f'{stage} is trained on: take a model that has both, such as the original release of Karlo'
+    )
+  if train.fine_tunes and not (train.run / MANIFEST_NAME).exists():
+    convert(train.init, train.run, 'unclip')
 
 
 def start_from(train: TrainConfig, params: Params, *path: str) -> Params:
   """Fresh parameters, or in a new run those of `--init` where that model has them.
 
-  A prior and a decoder only mean something together with the CLIP that they were trained with; a
-  prior's statistics are those of the run's data.
+  A prior and a decoder only mean something together with the CLIP that they were trained with.
+  Adapters need the parameters of `--init` in a run that continues as well, and all of them.
 
   Args:
     train: the options.
@@ -224,12 +77,11 @@ def start_from(train: TrainConfig, params: Params, *path: str) -> Params:
   Raises:
     UnclipError: there is no such model, it has no such stage, or a weight of it has another shape.
   """
-  if train.init is None or any((train.run / path[0] / 'checkpoints').glob('[0-9]*')):
+  continues = any((train.run / path[0] / 'checkpoints').glob('[0-9]*'))
+  if train.init is None or (continues and not train.trains_adapters):
     return params
-  given: Any = unclip_jax.load(train.init).params
-  if path[0] not in given:
-    raise UnclipError(f'--init {train.init}: it has no {path[0]}, only {", ".join(given)}')
-  for name in path:
+  given: Any = read_init(train, path[0])
+  for name in path[1:]:
     given = given[name]
   fresh, given = flatten_dict(params, sep='.'), flatten_dict(given, sep='.')
   for name in fresh.keys() & given.keys():
@@ -238,27 +90,84 @@ def start_from(train: TrainConfig, params: Params, *path: str) -> Params:
         f'--init {train.init}: {".".join(path)}.{name} is {given[name].shape} there, and '
         f'{fresh[name].shape} here'
       )
+  if train.trains_adapters and (missing := sorted(fresh.keys() - given.keys())):
+    raise UnclipError(
+      f'--init {train.init}: it has no {".".join(path)}.{missing[0]}, which no adapter would '
+      'learn: leave out the --set that asks for it'
+    )
   return unflatten_dict(fresh | {k: v for k, v in given.items() if k in fresh}, sep='.')
 
 
+def read_init(train: TrainConfig, stage: str) -> Params:
+  """The parameters of a stage of `--init`, float32.
+
+  Raises:
+    UnclipError: it has no such stage, or cannot be read.
+  """
+  opened = _open_init(train)
+  if stage not in opened.stages:
+    raise UnclipError(f'--init {train.init}: it has no {stage}, only {", ".join(opened.stages)}')
+  return read_stages(opened, jnp.float32, [stage])[stage]
+
+
+def has_clip_of_init(train: TrainConfig) -> bool:
+  """Whether the run's CLIP is that of `--init`, to the bit: embeddings mean the same to both."""
+  if train.init is None or 'clip' not in _open_init(train).stages:
+    return False
+  theirs = flatten_dict(read_init(train, 'clip'))
+  ours = flatten_dict(load_clip(train))
+  return ours.keys() == theirs.keys() and all(
+    np.array_equal(ours[name], theirs[name]) for name in ours
+  )
+
+
+def prior_statistics(train: TrainConfig, z_i: Array) -> Statistics:
+  """Those that the prior of `--init` was trained with, where its CLIP is the run's; else of z_i."""
+  if has_clip_of_init(train) and 'prior' in _open_init(train).stages:
+    given = read_init(train, 'prior')['statistics']
+    return Statistics(given['mean'], given['std'])
+  return fit_statistics(z_i)
+
+
+def _open_init(train: TrainConfig) -> Model:
+  return open_model(find_folder(train.init))
+
+
 def make_updates(
-  train: TrainConfig, train_step: TrainStep, make_batch: Callable[[Any, Array, Array], Any] = gather
+  train: TrainConfig,
+  train_step: TrainStep,
+  make_batch: Callable[[Any, Array, Array], Any] = gather,
+  frozen: Params | None = None,
 ) -> TrainStep:
   """A function (state, pool, key) -> (state, metrics [chunk]) that makes `train.chunk` updates.
 
   On an accelerator they are one program. On a CPU each is its own: XLA runs the gradients of
   convolutions inside of a loop tens of times slower than outside of one.
+
+  Args:
+    train: the options.
+    train_step: of `make_train_step`.
+    make_batch: as for `make_multi_step`.
+    frozen: parameters that no update changes. With them the step is given (batch, frozen) as its
+      batch: an argument of the program, as constants of it they would be compiled in.
   """
   on_cpu = jax.default_backend() == 'cpu'
-  multi_step = make_multi_step(
-    train_step, 1 if on_cpu else train.chunk, train.batch_size, make_batch
-  )
+
+  def multi_step(
+    state: TrainState, pool: Any, key: Array, frozen: Params | None
+  ) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: Any, key: Array) -> tuple[TrainState, Metrics]:
+      return train_step(state, batch if frozen is None else (batch, frozen), key)
+
+    chunk = 1 if on_cpu else train.chunk
+    return make_multi_step(step, chunk, train.batch_size, make_batch)(state, pool, key)
+
   program = jax.jit(multi_step, donate_argnums=0)
 
   def updates(state: TrainState, pool: Any, key: Array) -> tuple[TrainState, Metrics]:
     rows = []
     for _ in range(train.chunk if on_cpu else 1):
-      state, metrics = program(state, pool, key)
+      state, metrics = program(state, pool, key, frozen)
       rows.append(metrics)
     return state, jax.tree.map(lambda *columns: jnp.concatenate(columns), *rows)
 
@@ -356,12 +265,23 @@ def load_clip(train: TrainConfig) -> Params:
 
 
 def export_stage(
-  train: TrainConfig, name: str, params: Params, splits: tuple[str, ...] = ('train',)
+  train: TrainConfig,
+  name: str,
+  params: Params,
+  splits: tuple[str, ...] = ('train',),
+  dtype: Any = jnp.bfloat16,
 ) -> None:
-  """Writes a stage's parameters into the run's folder, which is a model folder, in bfloat16.
+  """Writes a stage's parameters into the run's folder, which is a model folder.
 
   The stages that are there already keep the configs that they were trained with. The vocabulary is
   that of the last stage that read captions.
+
+  Args:
+    train: the options.
+    name: of the stage.
+    params: its parameters.
+    splits: of the pictures that it was trained on.
+    dtype: of the matrices.
   """
   config, stages, vocabulary = config_json.to_json(train.config), (), None
   if (train.run / MANIFEST_NAME).exists():
@@ -374,11 +294,21 @@ def export_stage(
       else:
         config[field] = there.config[field]
   if not name.startswith('upsampler'):
-    domain = (train.styles, train.groups, train.labels, splits)
-    vocabulary = make_vocabulary(load_sprites(train.data), *domain)
+    vocabulary = _vocabulary(train, splits)
   written_by = f'unclip_jax {unclip_jax.__version__}'
   words = vocabulary and vocabulary.to_json()
-  write_model(train.run, config, {name: params}, TOKENIZER, jnp.bfloat16, written_by, stages, words)
+  with tempfile.TemporaryDirectory() as folder:
+    tokenizer = Path(folder) / TOKENIZER_NAME
+    train.tokenizer.save(tokenizer)
+    write_model(train.run, config, {name: params}, tokenizer, dtype, written_by, stages, words)
+
+
+def _vocabulary(train: TrainConfig, splits: tuple[str, ...]) -> Vocabulary | None:
+  """The words of the run's captions; none where the model knew all words before."""
+  if train.fine_tunes and _open_init(train).vocabulary is None:
+    return None
+  domain = (train.styles, train.groups, train.labels, splits)
+  return make_vocabulary(load_sprites(train.data), *domain)
 
 
 def run(main: Callable[[], None]) -> None:

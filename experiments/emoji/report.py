@@ -25,6 +25,7 @@ from experiments.emoji import common
 from experiments.emoji.bench import read_options
 from experiments.emoji.compose import CaptionedEmoji, Sprites, Truth, load_sprites
 from experiments.emoji.held_out import real_pictures
+from experiments.emoji.options import Parser
 from unclip_jax import Unclip
 from unclip_jax.images import make_grid
 from unclip_jax.types import UnclipError
@@ -128,7 +129,7 @@ def read_metrics(folder: Path) -> list[dict[str, str]]:
 
 
 def main(argv: list[str] | None = None) -> None:
-  parser = common.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--run', type=Path, default=Path('runs/emoji_small'))
   parser.add_argument('--images', type=Path, default=Path('docs/images'))
   parser.add_argument('--data', type=Path, default=None, help='a build as large as the pictures')

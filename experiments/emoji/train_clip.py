@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.emoji import common
+from experiments.emoji.options import parse_options, save_options
 from unclip_jax import sharding
 from unclip_jax.configs import UnclipConfig
-from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.stages import clip
 from unclip_jax.train.log import RunLog
 from unclip_jax.train.state import (
@@ -35,7 +35,7 @@ def main(
   splits: tuple[str, ...] = ('train',),
 ) -> None:
   """Trains the run's CLIP, or configured otherwise and on other splits the judge's."""
-  train = common.parse_options(
+  train = parse_options(
     argv,
     __doc__,
     OptimizerConfig(learning_rate=1e-3, weight_decay=0.1, warmup_steps=100, b2=0.98),
@@ -46,7 +46,7 @@ def main(
   train = dataclasses.replace(train, config=configure(train.config))
   config = train.config.clip
   mesh = sharding.make_mesh()
-  tokenizer = Tokenizer.load(common.TOKENIZER)
+  tokenizer = train.tokenizer
   pool = common.compose(train, config.vision.image_size, train.pool_size, splits)
   arrays = {'image': jnp.asarray(pool.images)}
   arrays |= common.encode_pool(train, tokenizer, pool.captions, None)
@@ -80,7 +80,7 @@ def main(
   arrays = jax.device_put(arrays, sharding.replicated(mesh))
   tokens = tokenizer.encode(captions)
   folder = train.run / 'clip'
-  common.save_options(train, folder)
+  save_options(train, folder)
   with Checkpoints(folder / 'checkpoints') as checkpoints:
     if checkpoints.latest_step() is not None:
       state = checkpoints.restore(state)

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.emoji import common
+from experiments.emoji.options import parse_options, save_options
+from experiments.emoji.tuning import begin_tuning, export_tuned
 from unclip_jax import sharding
-from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.images import make_grid
 from unclip_jax.stages import common as stage_common
 from unclip_jax.stages import decoder
@@ -33,17 +34,23 @@ DRAFT_BATCH = 4  # times the decoder's
 
 
 def main(argv: list[str] | None = None) -> None:
-  train = common.parse_options(
+  train = parse_options(
     argv,
     __doc__,
     OptimizerConfig(learning_rate=4e-4, warmup_steps=500),
     steps=20000,
     batch_size=64,
     ema_decay=0.9995,
+    has_lora=True,
   )
+  common.begin(train, 'decoder')
   config = train.config.decoder
   mesh = sharding.make_mesh()
-  tokenizer = Tokenizer.load(common.TOKENIZER)
+  tokenizer = train.tokenizer
+  key_init, key_draft, key_run = jax.random.split(jax.random.key(train.seed), 3)
+  params = common.start_from(train, decoder.init(config, key_init), 'decoder')
+  params = jax.device_put(params, sharding.replicated(mesh))
+  tuning = begin_tuning(train, 'decoder', params, key_init)
 
   def encode(num_examples, splits):
     """Pictures at the decoder's size with their captions and CLIP's view of them."""
@@ -88,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     updates = common.make_updates(ours, make_train_step(draft_loss_fn, optimizer, 0.0), make_batch)
     state = jax.device_put(init_state(params, optimizer), sharding.replicated(mesh))
     folder = train.run / 'draft'
-    common.save_options(ours, folder)
+    save_options(ours, folder)
     with RunLog(folder, train.draft_steps) as log:
       while (step := int(state.step)) < train.draft_steps:
         state, metrics = updates(state, arrays, key)
@@ -98,8 +105,8 @@ def main(argv: list[str] | None = None) -> None:
     return state.params
 
   optimizer = make_optimizer(train.optimizer, train.steps)
-  train_step = make_train_step(loss_fn, optimizer, train.ema_decay)
-  updates = common.make_updates(train, train_step, make_batch)
+  train_step = make_train_step(tuning.loss_of_trained(loss_fn), optimizer, train.ema_decay)
+  updates = common.make_updates(train, train_step, make_batch, tuning.frozen)
 
   @jax.jit
   def reconstruct(params, rows):
@@ -113,18 +120,15 @@ def main(argv: list[str] | None = None) -> None:
     scale = jnp.float32(sampling.guidance_scale)
     return decoder.sample(config, params, text, uncond, rows['z_i'], key_b, plan, sampler, scale)[0]
 
-  key_init, key_draft, key_run = jax.random.split(jax.random.key(train.seed), 3)
   arrays = jax.device_put(arrays, sharding.replicated(mesh))
   folder = train.run / 'decoder'
-  common.save_options(train, folder)
+  save_options(train, folder)
   with Checkpoints(folder / 'checkpoints') as checkpoints:
     is_new = checkpoints.latest_step() is None
-    params = common.start_from(train, decoder.init(config, key_init), 'decoder')
     time_is_up = common.deadline(train.minutes)
-    learns_draft = config.draft_size and train.draft_steps and is_new
-    if learns_draft:
-      params = learn_draft(params, key_draft)
-    state = jax.device_put(init_state(params, optimizer), sharding.replicated(mesh))
+    learns_draft = config.draft_size and train.draft_steps and is_new and not train.trains_adapters
+    trained = learn_draft(tuning.trained, key_draft) if learns_draft else tuning.trained
+    state = jax.device_put(init_state(trained, optimizer), sharding.replicated(mesh))
     if not is_new:
       state = checkpoints.restore(state)
     elif learns_draft:
@@ -138,12 +142,13 @@ def main(argv: list[str] | None = None) -> None:
         log.write(step, metrics, num_examples=train.chunk * train.batch_size)
         if step // train.save_every > before // train.save_every:
           checkpoints.save(step, state)
-          images = common.to_uint8(reconstruct(state.ema_params, held_out))
+          images = common.to_uint8(reconstruct(tuning.whole(state.ema_params), held_out))
           pairs = np.stack([held_out['image'], images], axis=1).reshape(-1, *images.shape[1:])
           log.write_image(step, 'real_and_decoded', make_grid(pairs, 16))
       checkpoints.save(step, state)
       log.write_curves(['loss', 'mse', *(['draft_mse'] if config.draft_size else [])])
-  common.export_stage(train, 'decoder', state.ema_params)
+  network = tuning.whole(state.ema_params)
+  export_tuned(train, 'decoder', tuning, state.ema_params, network)
 
 
 if __name__ == '__main__':

@@ -6,8 +6,9 @@ python -m experiments.emoji.train_prior --run runs/emoji_small
 import jax
 
 from experiments.emoji import common
+from experiments.emoji.options import parse_options, save_options
+from experiments.emoji.tuning import begin_tuning, export_tuned
 from unclip_jax import sharding
-from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.nn.layers import l2_normalize
 from unclip_jax.stages import common as stage_common
 from unclip_jax.stages import diffusion_prior
@@ -27,21 +28,27 @@ NUM_HELD_OUT = 256
 
 def main(argv: list[str] | None = None) -> None:
   # Weight decay, beta2 and eps of Table 3; the learning rate is for a net a thousandth as large.
-  train = common.parse_options(
+  train = parse_options(
     argv,
     __doc__,
     OptimizerConfig(learning_rate=5e-4, weight_decay=6e-2, b2=0.96, eps=1e-6, warmup_steps=200),
     steps=6000,
     batch_size=256,
+    has_lora=True,
   )
+  common.begin(train, 'prior')
   config = train.config.prior
   mesh = sharding.make_mesh()
-  tokenizer = Tokenizer.load(common.TOKENIZER)
+  tokenizer = train.tokenizer
+  key_init, key_run = jax.random.split(jax.random.key(train.seed))
+  params = common.start_from(train, diffusion_prior.init(config, key_init), 'prior', 'network')
+  params = jax.device_put(params, sharding.replicated(mesh))
+  tuning = begin_tuning(train, 'prior', params, key_init)
   size = train.config.clip.vision.image_size
   pool = common.compose(train, size, train.pool_size)
   arrays = common.encode_pool(train, tokenizer, pool.captions, pool.images)
   null_text = common.null_text(train, tokenizer)
-  statistics = diffusion_prior.fit_statistics(arrays['z_i'])
+  statistics = common.prior_statistics(train, arrays['z_i'])
   held_out = common.compose(train, size, NUM_HELD_OUT, ('val_pairs',))
   held_out = common.encode_pool(train, tokenizer, held_out.captions, held_out.images)
 
@@ -54,10 +61,6 @@ def main(argv: list[str] | None = None) -> None:
   def make_batch(pool, indices, key):
     return sharding.constrain_batch(gather(pool, indices, key), mesh)
 
-  optimizer = make_optimizer(train.optimizer, train.steps)
-  train_step = make_train_step(loss_fn, optimizer, train.ema_decay)
-  updates = common.make_updates(train, train_step, make_batch)
-
   @jax.jit
   def held_out_cosine(params, rows):
     """Mean cosine of sampled and true embeddings of held-out captions."""
@@ -69,14 +72,13 @@ def main(argv: list[str] | None = None) -> None:
     z_i, _ = diffusion_prior.sample(config, params, statistics, text, text, key_b, plan, sampler)
     return (l2_normalize(z_i) * l2_normalize(rows['z_i'])).sum(axis=-1).mean()
 
-  key_init, key_run = jax.random.split(jax.random.key(train.seed))
-  state = init_state(
-    common.start_from(train, diffusion_prior.init(config, key_init), 'prior', 'network'), optimizer
-  )
-  state = jax.device_put(state, sharding.replicated(mesh))
+  optimizer = make_optimizer(train.optimizer, train.steps)
+  train_step = make_train_step(tuning.loss_of_trained(loss_fn), optimizer, train.ema_decay)
+  updates = common.make_updates(train, train_step, make_batch, tuning.frozen)
+  state = jax.device_put(init_state(tuning.trained, optimizer), sharding.replicated(mesh))
   arrays = jax.device_put(arrays, sharding.replicated(mesh))
   folder = train.run / 'prior'
-  common.save_options(train, folder)
+  save_options(train, folder)
   with Checkpoints(folder / 'checkpoints') as checkpoints:
     if checkpoints.latest_step() is not None:
       state = checkpoints.restore(state)
@@ -90,13 +92,14 @@ def main(argv: list[str] | None = None) -> None:
         log.write(step, metrics, num_examples=train.chunk * train.batch_size)
         if step // train.save_every > before // train.save_every:
           checkpoints.save(step, state)
-          cosine = held_out_cosine(state.ema_params, held_out)
+          cosine = held_out_cosine(tuning.whole(state.ema_params), held_out)
           log.write(step, {'val_cosine': cosine})
           log.message(f'step {step}: cosine of sampled and true z_i is {float(cosine):.3f}')
       checkpoints.save(step, state)
       log.write_curves(['loss'])
-  params = {'network': state.ema_params, 'statistics': statistics._asdict()}
-  common.export_stage(train, 'prior', params)
+  network = tuning.whole(state.ema_params)
+  params = {'network': network, 'statistics': statistics._asdict()}
+  export_tuned(train, 'prior', tuning, state.ema_params, params)
 
 
 if __name__ == '__main__':

@@ -10,6 +10,7 @@ import numpy as np
 
 from experiments.emoji import common
 from experiments.emoji.compose import load_sprites
+from experiments.emoji.options import parse_options, save_options
 from unclip_jax import sharding
 from unclip_jax.data.degradations import area_downsample, bsr_degrade, gaussian_blur
 from unclip_jax.images import make_grid
@@ -30,7 +31,7 @@ NUM_HELD_OUT = 8
 
 
 def main(argv: list[str] | None = None) -> None:
-  train = common.parse_options(
+  train = parse_options(
     argv,
     __doc__,
     OptimizerConfig(learning_rate=5e-4, warmup_steps=200),
@@ -38,6 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     batch_size=64,
     pool_size=6144,
   )
+  common.begin(train, f'upsampler_{train.stage}')
   config = train.config.upsamplers[train.stage]
   mesh = sharding.make_mesh()
   scale = config.image_size // config.low_size
@@ -112,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
   arrays = jax.device_put(arrays, sharding.replicated(mesh))
   name = f'upsampler_{train.stage}'
   folder = train.run / name
-  common.save_options(train, folder)
+  save_options(train, folder)
   with Checkpoints(folder / 'checkpoints') as checkpoints:
     if checkpoints.latest_step() is not None:
       state = checkpoints.restore(state)

@@ -1,19 +1,16 @@
 """Folders that diffusers wrote, opened where they lie in a store."""
 
 import json
-import sys
 from pathlib import Path
 
 import jax
 import karlo_twin
 import numpy as np
 import torch
+from fake_store import BUCKET, serve
 from safetensors.numpy import load_file, save_file
 
 import unclip_jax
-
-sys.path.append(str(Path(__file__).parents[1]))
-from fake_store import BUCKET, serve
 
 NET = 'diffusion_pytorch_model.safetensors'
 

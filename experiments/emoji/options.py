@@ -1,0 +1,274 @@
+"""The options that the training scripts share."""
+
+import argparse
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+import jax.numpy as jnp
+
+from experiments.emoji.vocabulary import fit_to_tokenizer
+from unclip_jax import config_json
+from unclip_jax.configs import UnclipConfig
+from unclip_jax.data.tokenizer import Tokenizer
+from unclip_jax.presets import preset
+from unclip_jax.systems.checks import check_config
+from unclip_jax.systems.formats import open_model
+from unclip_jax.systems.loading import find_folder
+from unclip_jax.train.state import OptimizerConfig, make_learning_rate
+from unclip_jax.types import UnclipError
+
+TOKENIZER = Path(__file__).parent / 'tokenizer.json'
+_PRESET = 'emoji_small'
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """A stage's training, as its script's options give it.
+
+  Attributes:
+    init: a model whose weights the stage starts from, where it has them; None starts afresh.
+    fine_tunes: whether the run is a copy of `init` at first, with its config and its tokenizer.
+    lora: the rank of new adapters, which are all that is trained then; None without new ones.
+    lora_alpha: over the rank, what new adapters are scaled by; None is the rank.
+    init_lora: a file of adapters to start from, in place of new ones.
+    run: the model folder that is trained, and below it a folder a stage with its checkpoints.
+    config: of all stages.
+    tokenizer: of the captions.
+    optimizer: of this one.
+    steps, batch_size, ema_decay: as they say.
+    chunk: updates between two lines of the log.
+    save_every: updates between checkpoints.
+    draft_steps: updates of the decoder's draft alone, before the first of the decoder.
+    minutes: stop, with a checkpoint, after so long; None trains all steps.
+    pool_size: composed examples held in memory, from which batches are drawn.
+    styles, groups, labels, scene_fraction, jitter: what is drawn, see `CaptionedEmoji`.
+    stage: which of the upsamplers.
+    data: folder of a build; None is the one that comes with the repository.
+    seed: of everything random.
+    dtype: what the networks compute in.
+  """
+
+  init: str | None
+  fine_tunes: bool
+  lora: int | None
+  lora_alpha: float | None
+  init_lora: Path | None
+  run: Path
+  config: UnclipConfig
+  tokenizer: Tokenizer
+  optimizer: OptimizerConfig
+  steps: int
+  batch_size: int
+  ema_decay: float
+  chunk: int
+  save_every: int
+  draft_steps: int
+  minutes: float | None
+  pool_size: int
+  styles: tuple[str, ...] | None
+  groups: tuple[str, ...] | None
+  labels: tuple[str, ...]
+  scene_fraction: float
+  jitter: float
+  stage: int
+  data: Path | None
+  seed: int
+  dtype: Any
+
+  @property
+  def trains_adapters(self) -> bool:
+    """Whether adapters are trained, and the weights of `init` stay as they are."""
+    return self.lora is not None or self.init_lora is not None
+
+
+class Parser(argparse.ArgumentParser):
+  """Says what is wrong with options in one line, through `common.run`."""
+
+  def error(self, message: str) -> NoReturn:
+    """Raises UnclipError in place of printing the usage and leaving."""
+    raise UnclipError(f'{message} (see --help)')
+
+
+def parse_options(
+  argv: list[str] | None,
+  description: str,
+  optimizer: OptimizerConfig,
+  steps: int,
+  batch_size: int,
+  ema_decay: float = 0.999,
+  pool_size: int = 65536,
+  has_lora: bool = False,
+) -> TrainConfig:
+  """The options of a training script (of the process if argv is None); defaults as given.
+
+  Args:
+    argv: the options.
+    description: of the script.
+    optimizer: the default one.
+    steps: the default, like the next three.
+    batch_size: see steps.
+    ema_decay: see steps.
+    pool_size: see steps.
+    has_lora: whether the script can train adapters.
+
+  Raises:
+    UnclipError: an option makes no sense; names it.
+  """
+  parser = _make_parser(description)
+  parser.set_defaults(steps=steps, batch_size=batch_size, ema_decay=ema_decay)
+  parser.set_defaults(pool_size=pool_size, lora=None, lora_alpha=None, init_lora=None)
+  if has_lora:
+    _add_lora(parser)
+  args = parser.parse_args(argv)
+  _check_numbers(args)
+  _check_lora(args)
+  given = vars(args)
+  preset_name, assignments = given.pop('preset'), given.pop('assignments')
+  ours = [a.removeprefix('optimizer.') for a in assignments if a.startswith('optimizer.')]
+  theirs = [a for a in assignments if not a.startswith('optimizer.')]
+  config, tokenizer = _choose_model(args.init, preset_name)
+  config = config_json.override(config, theirs)
+  if args.stage not in range(max(1, len(config.upsamplers))):
+    raise UnclipError(f'--stage {args.stage}: the model has {len(config.upsamplers)} upsamplers')
+  check_config(config)
+  optimizer = config_json.override(optimizer, ours)
+  try:
+    make_learning_rate(optimizer, args.steps)
+  except UnclipError as error:
+    raise UnclipError(f'{error} (--set optimizer.FIELD=VALUE, or --steps)') from error
+  train = TrainConfig(
+    **given,
+    fine_tunes=args.init is not None and preset_name is None,
+    config=config,
+    tokenizer=tokenizer,
+    optimizer=optimizer,
+  )
+  return dataclasses.replace(
+    train,
+    styles=tuple(args.styles) if args.styles else None,
+    groups=tuple(args.groups) if args.groups else None,
+    labels=tuple(args.labels),
+    dtype=jnp.dtype(args.dtype),
+  )
+
+
+def save_options(train: TrainConfig, folder: Path) -> None:
+  """Writes what a stage is trained with to `options.json` in its folder."""
+  apart = ('config', 'tokenizer', 'optimizer', 'styles', 'groups', 'labels')
+  options = {
+    name: value if isinstance(value, int | float | None) else str(value)
+    for name, value in vars(train).items()
+    if name not in apart
+  }
+  options |= {'styles': train.styles, 'groups': train.groups, 'labels': train.labels}
+  options |= {'config': config_json.to_json(train.config), 'optimizer': vars(train.optimizer)}
+  folder.mkdir(parents=True, exist_ok=True)
+  (folder / 'options.json').write_text(json.dumps(options, indent=2) + '\n')
+
+
+def _make_parser(description: str) -> Parser:
+  on_accelerator = jax.default_backend() != 'cpu'
+  parser = Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+  add = parser.add_argument
+  add('--run', type=Path, default=Path('runs/emoji_small'), help='folder of the run')
+  add('--init', default=None, help="a model whose weights to start from, such as 'default'")
+  add(
+    '--preset',
+    default=None,
+    help=f'tiny, emoji_small, emoji, paper or karlo; without one that of --init, or {_PRESET}',
+  )
+  add(
+    '--set',
+    dest='assignments',
+    action='append',
+    default=[],
+    metavar='FIELD=VALUE',
+    help='overrides of the preset (decoder.width=96) or of the optimiser (optimizer.FIELD of: '
+    + ', '.join(f'{field.name}' for field in dataclasses.fields(OptimizerConfig))
+    + ')',
+  )
+  add('--steps', type=int, help='updates in all, those of earlier starts included')
+  add('--batch-size', type=int, help='examples of an update')
+  add('--ema-decay', type=float, help='of the average that is exported')
+  add('--chunk', type=int, default=100 if on_accelerator else 20, help='updates between log lines')
+  add('--save-every', type=int, default=1000, help='updates between checkpoints')
+  add(
+    '--draft-steps', type=int, default=2500, help="of the decoder's draft first; 0 keeps --init's"
+  )
+  add('--minutes', type=float, default=None, help='stop with a checkpoint after so long')
+  add('--pool-size', type=int, help='composed examples held in memory')
+  add('--styles', nargs='+', default=None, help='of flat 3d noto twemoji (all)')
+  add('--groups', nargs='+', default=None, help="emojibase's, such as food-drink (all)")
+  add('--labels', nargs='+', default=(), help='objects beside those of --groups, such as rocket')
+  add('--scene-fraction', type=float, default=0.15, help='pictures of two objects')
+  add('--jitter', type=float, default=0.04, help='largest change of scale and of place')
+  add('--stage', type=int, default=0, help='which of the upsamplers, by train_upsampler')
+  add('--data', type=Path, default=None, help='a build of experiments.emoji.build')
+  add('--seed', type=int, default=0, help='of everything random')
+  add('--dtype', default='bfloat16' if on_accelerator else 'float32', help='of the networks')
+  return parser
+
+
+def _add_lora(parser: Parser) -> None:
+  add = parser.add_argument
+  add(
+    '--lora',
+    type=int,
+    metavar='RANK',
+    help='train low-rank adapters of attention alone, beside the frozen weights of --init',
+  )
+  add('--lora-alpha', type=float, metavar='ALPHA', help='adapters count ALPHA / RANK times (RANK)')
+  add('--init-lora', type=Path, metavar='FILE', help='adapters to start from, in place of --lora')
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+  for name in ('steps', 'batch_size', 'chunk', 'save_every'):
+    if getattr(args, name) < 1:
+      raise UnclipError(f'--{name.replace("_", "-")} {getattr(args, name)}: take 1 or more')
+  if args.steps % args.chunk:
+    raise UnclipError(f'--steps {args.steps}: take a multiple of --chunk {args.chunk}')
+  if args.draft_steps < 0:
+    raise UnclipError(f'--draft-steps {args.draft_steps}: take 0 or more')
+  if args.pool_size < args.batch_size:
+    raise UnclipError(
+      f'--pool-size {args.pool_size}: take at least the {args.batch_size} of --batch-size'
+    )
+  for name, most in (('scene_fraction', 1), ('ema_decay', 1), ('jitter', 0.5)):
+    value = getattr(args, name)
+    if not 0 <= value <= most:
+      raise UnclipError(f'--{name.replace("_", "-")} {value:g}: take a fraction from 0 to {most:g}')
+  if args.dtype not in ('float32', 'bfloat16'):
+    raise UnclipError(f'--dtype {args.dtype}: take float32 or bfloat16')
+
+
+def _check_lora(args: argparse.Namespace) -> None:
+  name = '--lora' if args.init_lora is None else '--init-lora'
+  if args.lora is None and args.init_lora is None:
+    if args.lora_alpha is not None:
+      raise UnclipError('--lora-alpha: it scales the adapters of --lora: give their rank by it')
+    return
+  if args.lora is not None and args.lora < 1:
+    raise UnclipError(f'--lora {args.lora}: take a rank of 1 or more')
+  if args.lora_alpha is not None and not 0 < args.lora_alpha < math.inf:
+    raise UnclipError(f'--lora-alpha {args.lora_alpha:g}: take a number above 0')
+  if args.init is None:
+    raise UnclipError(f'{name}: adapters change a model that is trained: give it by --init MODEL')
+  if args.preset is not None:
+    raise UnclipError(f'{name}: adapters are for the networks of --init: leave --preset out')
+  if args.init_lora is not None and (args.lora is not None or args.lora_alpha is not None):
+    raise UnclipError(
+      '--init-lora: its adapters have a rank and a scale: leave --lora and --lora-alpha out'
+    )
+
+
+def _choose_model(init: str | None, preset_name: str | None) -> tuple[UnclipConfig, Tokenizer]:
+  """The config before its overrides, and the tokenizer: of a preset, or of `--init`."""
+  opened = None if init is None else open_model(find_folder(init))
+  if opened is not None and preset_name is None:
+    return opened.config, opened.tokenizer
+  tokenizer = Tokenizer.load(TOKENIZER)
+  return fit_to_tokenizer(preset(preset_name or _PRESET), tokenizer), tokenizer
