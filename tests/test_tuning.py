@@ -213,3 +213,19 @@ def test_a_model_that_lacks_what_training_needs_is_named(base, tmp_path):
     with pytest.raises(UnclipError, match=message):
       main([f'--run={tmp_path / "run"}', f'--init={tmp_path / name}', *SHORT])
     assert not (tmp_path / 'run').exists()
+
+
+def test_a_model_is_opened_with_adapters_from_a_file(base, tuned, tmp_path):
+  file = tuned / 'prior' / 'lora.safetensors'
+  merged, expected = load(base, lora=file), load(tuned)
+  jax.tree.map(np.testing.assert_array_equal, dict(merged.params), dict(expected.params))
+  twice = load(base, lora=[file, file], lora_strength=0.5)
+  for ours, theirs in zip(*map(jax.tree.leaves, (twice.params, expected.params)), strict=True):
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+  without = load(base, lora=file, lora_strength=0, offload=True)
+  jax.tree.map(np.testing.assert_array_equal, dict(without.params), dict(load(base).params))
+  _, scale, adapters = load_lora(file)
+  for stage, match in (('upsampler_7', 'is for a upsampler_7'), ('decoder', 'another model')):
+    save_lora(tmp_path / 'other.safetensors', adapters, scale, stage)
+    with pytest.raises(UnclipError, match=match):
+      load(base, lora=tmp_path / 'other.safetensors')

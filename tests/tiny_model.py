@@ -43,6 +43,8 @@ def make_params(config: UnclipConfig = CONFIG) -> dict[str, Params]:
     return (mean + spread * draw.normal(size=leaf.shape)).astype(np.float32)
 
   params = jax.tree_util.tree_map_with_path(fill, expected_params(config))
+  if config.prior is None:
+    return params
   # Embeddings of unit norm.
   d = config.prior.embed_dim
   params['prior']['statistics'] = {

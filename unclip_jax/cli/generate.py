@@ -98,6 +98,18 @@ def generate(
     int | None,
     option(MACHINE, 'Pixels a side that an autoencoder decodes at a time. (default: all)'),
   ] = None,
+  lora: Annotated[
+    list[str] | None,
+    typer.Option(
+      metavar='FILE',
+      help='Adapters of a fine-tune that are added to the model; may be repeated.',
+      show_default=False,
+      rich_help_panel=MACHINE,
+    ),
+  ] = None,
+  lora_strength: Annotated[
+    float, typer.Option(help='What adapters are multiplied by.', rich_help_panel=MACHINE)
+  ] = 1.0,
   cache: Annotated[
     bool,
     typer.Option(
@@ -151,7 +163,7 @@ def generate(
     # Read first: a mistake in its name should not wait for a large model.
     picture = None if image is None else read_picture(image)
     anew = None if mask is None else read_picture(mask).mean(axis=-1) > 127
-    loaded = unclip_jax.load(model, dtype, devices, offload, prior_model)
+    loaded = unclip_jax.load(model, dtype, devices, offload, prior_model, lora or (), lora_strength)
     is_varied = picture is not None and mask is None
     z_i = loaded.encode_image(picture[None]) if is_varied else None
     config = loaded.config

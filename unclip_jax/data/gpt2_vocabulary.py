@@ -54,9 +54,10 @@ def load(folder: str | os.PathLike[str], context_length: int) -> tokenizers.Toke
 
 
 def is_gpt2(tokenizer: tokenizers.Tokenizer) -> bool:
-  """Whether a tokenizer is of GPT-2's kind: its last entry pads, and no special token is added."""
-  pad = tokenizer.padding
-  return pad is not None and pad['pad_token'] == END and tokenizer.post_processor is None
+  """Whether a tokenizer is of GPT-2's kind: no entry ends a word, and none is put to captions."""
+  model, pad = tokenizer.model, tokenizer.padding
+  is_plain = isinstance(model, models.BPE) and model.end_of_word_suffix is None
+  return is_plain and tokenizer.post_processor is None and pad['pad_token'] == END
 
 
 def _find(folder: epath.Path, names: Sequence[str]) -> epath.Path:

@@ -19,6 +19,7 @@ from unclip_jax.configs import (
   UNetConfig,
   UpsamplerConfig,
   ViTConfig,
+  XlmRobertaConfig,
 )
 from unclip_jax.stages import common
 from unclip_jax.types import UnclipError
@@ -191,7 +192,11 @@ def _decoder_text_meets(config: UnclipConfig) -> list[tuple[str, int, str, int |
     raise UnclipError('there is a decoder_text, but the decoder reads nothing of it')
   if own is None:
     raise UnclipError(f'there is no decoder_text: the decoder expects states of {name} {wanted}')
-  return [('decoder_text.width', own.width, name, wanted)]
+  meet: list[tuple[str, int, str, int | None]] = [('decoder_text.width', own.width, name, wanted)]
+  if isinstance(own, XlmRobertaConfig):
+    names = 'decoder_text.embed_dim', 'decoder.text_embed_dim'
+    meet.append((names[0], own.embed_dim, names[1], getattr(decoder, 'text_embed_dim', None)))
+  return meet
 
 
 def _check_heads(name: str, width: int, num_heads: int) -> None:

@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from unclip_jax.stages import (
   upsampler,
 )
 from unclip_jax.systems import formats
+from unclip_jax.systems.adapters import merge_files
 from unclip_jax.systems.offload import Offloaded
 from unclip_jax.types import Array, Params, UnclipError
 from unclip_jax.weights import hub
@@ -164,12 +165,14 @@ def load_parts(
   num_devices: int,
   offload: bool,
   prior: str | os.PathLike[str] | None,
+  lora: Sequence[str | os.PathLike[str]],
+  lora_strength: float,
 ) -> tuple[formats.Model, Mapping[str, Params], Mesh | None]:
   """What was opened, its parameters, the devices; `unclip.load` says what is raised."""
   opened = open_model(model, prior)
   mesh = None if num_devices == 1 else make_mesh(num_devices)
   if offload:
     with jax.default_device(jax.devices('cpu')[0]):
-      params = read_stages(opened, dtype)
+      params = merge_files(read_stages(opened, dtype), lora, lora_strength)
     return opened, Offloaded(params, mesh), mesh
-  return opened, read_stages(opened, dtype, mesh=mesh), mesh
+  return opened, merge_files(read_stages(opened, dtype, mesh=mesh), lora, lora_strength), mesh

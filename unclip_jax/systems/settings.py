@@ -119,8 +119,8 @@ def resolve(
     raise UnclipError(
       f'{name}: its network has no learned variance: take fixed_small or fixed_large'
     )
-  scale = _number(f'{name}: guidance scale', sampling.guidance_scale)
-  eta = _number(f'{name}: eta', sampling.eta)
+  scale = check_number(f'{name}: guidance scale', sampling.guidance_scale)
+  eta = check_number(f'{name}: eta', sampling.eta)
   if scale < 0:
     raise UnclipError(f'{name}: guidance scale {scale:g} is negative: take 0 or more')
   if not 0 <= eta <= 1:
@@ -263,7 +263,12 @@ def num_upsamplers(config: UnclipConfig, size: int | None) -> int:
   return known.index(size)
 
 
-def _number(what: str, value: object) -> float:
+def check_number(what: str, value: object) -> float:
+  """`value` as a float.
+
+  Raises:
+    UnclipError: it is no number, or none that float32 can hold.
+  """
   try:
     number = float(value)  # type: ignore[arg-type]
   except (TypeError, ValueError):

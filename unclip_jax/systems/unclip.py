@@ -10,6 +10,7 @@ that they can be compared.
 
 import dataclasses
 import functools
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -300,6 +301,8 @@ def load(
   num_devices: int = 1,
   offload: bool = False,
   prior: str | Any = None,
+  lora: str | Any | Sequence[str | Any] = (),
+  lora_strength: float = 1.0,
 ) -> Unclip:
   """Opens a model: the one that comes with the package, or a folder.
 
@@ -312,6 +315,8 @@ def load(
       it runs.
     prior: a model whose CLIP and prior are taken: Kandinsky is published as two, and Stable unCLIP
       without one.
+    lora: one or several files of adapters, of `train_prior --lora` and the like, that are added.
+    lora_strength: what adapters are multiplied by.
 
   Raises:
     UnclipError: there is no such model, one of its files is missing, damaged, or belongs to another
@@ -319,7 +324,9 @@ def load(
   """
   dtype = settings.check_dtype(dtype)
   settings.check_count('the number of devices', num_devices)
-  opened, params, mesh = load_parts(model, dtype, num_devices, offload, prior)
+  files = [lora] if isinstance(lora, str | os.PathLike) else list(lora)
+  strength = settings.check_number('the strength of adapters', lora_strength)
+  opened, params, mesh = load_parts(model, dtype, num_devices, offload, prior, files, strength)
   return Unclip(
     opened.config,
     params,

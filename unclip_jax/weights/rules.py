@@ -4,7 +4,8 @@ A family of models is a list of `Rule`s: names of ours, names of theirs, and the
 them. Reading and writing follow the same list, so that they cannot come apart.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any, NamedTuple, Protocol
 
@@ -14,7 +15,7 @@ import numpy as np
 
 from unclip_jax.types import Array, Params, UnclipError
 from unclip_jax.weights import layouts
-from unclip_jax.weights.layouts import Layout
+from unclip_jax.weights.layouts import Arrays, Layout
 from unclip_jax.weights.safetensors import named_leaves
 
 _NAMES_SHOWN = 3
@@ -94,8 +95,8 @@ def read_params(
 ) -> Params:
   """Reads parameters from the tensors of another implementation.
 
-  Names and shapes are checked before the first is read. Each tensor goes to its device as it is
-  read: the host holds one at a time.
+  Names and shapes are checked before the first is read. While a tensor goes to its device the next
+  one is read: the host holds two at a time.
 
   Args:
     tensors: to read.
@@ -119,8 +120,7 @@ def read_params(
   # In the order of the files, which disks and stores are fast at.
   place = {name: place for place, name in enumerate(tensors.names())}
   rules.sort(key=lambda rule: min((place[name] for name in rule.theirs), default=0))
-  for rule in rules:
-    sources = tuple(_read(tensors, name, where) for name in rule.theirs)
+  for rule, sources in zip(rules, _read_ahead(tensors, rules, where), strict=True):
     for name, source in zip(rule.ours, rule.layout.read(sources), strict=True):
       made[name] = _place(source, wanted[name])
   if missing := sorted(wanted.keys() - made.keys()):
@@ -137,6 +137,22 @@ def write_tensors(params: Params, rules: Iterable[Rule]) -> dict[str, np.ndarray
     for name, array in zip(rule.theirs, rule.layout.write(arrays), strict=True):
       tensors[name] = np.ascontiguousarray(array).reshape(array.shape)
   return tensors
+
+
+def _read_ahead(tensors: Tensors, rules: Sequence[Rule], where: str) -> Iterator[Arrays]:
+  """The tensors of each rule. Those of the next are read while the last are still in use."""
+
+  def read(rule: Rule) -> Arrays:
+    return tuple(_read(tensors, name, where) for name in rule.theirs)
+
+  with ThreadPoolExecutor(max_workers=1) as reader:
+    coming = None
+    for rule in rules:
+      last, coming = coming, reader.submit(read, rule)
+      if last is not None:
+        yield last.result()
+    if coming is not None:
+      yield coming.result()
 
 
 def _read(tensors: Tensors, name: str, where: str) -> np.ndarray:
@@ -156,7 +172,7 @@ def _place(source: np.ndarray, leaf: Any) -> Array:
   that fit its cache. A program for each layout would take longer to compile than to run.
   """
   array = jax.device_put(source.astype(leaf.dtype, order='K', copy=False))
-  # Waits: the host's copy is free again before the next one is read.
+  # Waits: the host's copy is free again before another one is read.
   return jax.device_put(array.block_until_ready(), getattr(leaf, 'sharding', None))
 
 

@@ -220,12 +220,13 @@ def _read_decoder(folders: Components) -> StableUnclipDecoderConfig:
   unet, size = diffusers_latent_unet.read_config(values, str(path)), values.get('sample_size')
   if type(size) is not int or size < 1:
     raise UnclipError(f'{path}: sample_size is {size!r}: only a whole number above 0 can be opened')
-  for name, found, wanted in (
-    ('out_channels', unet.out_channels, unet.in_channels),
-    ('projection_class_embeddings_input_dim', unet.class_dim, 2 * embed_dim),
-  ):
-    if found != wanted:
-      raise UnclipError(f'{path}: {name} is {found}: Stable unCLIP has {wanted} there')
+  if unet.out_channels != unet.in_channels:
+    raise UnclipError(f'{path}: out_channels is {unet.out_channels}, not in_channels')
+  if unet.class_dim != 2 * embed_dim:
+    raise UnclipError(
+      f'{path}: projection_class_embeddings_input_dim is {unet.class_dim}: it must be twice the '
+      f'{embed_dim} of image_normalizer'
+    )
   scheduler = folders['scheduler']
   diffusion, sampling = diffusers_schedulers.read_scheduler(scheduler, _NUM_STEPS, _GUIDANCE_SCALE)
   if diffusion.learned_variance:
