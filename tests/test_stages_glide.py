@@ -79,53 +79,64 @@ def picture(config, batch=2, seed=0):
   return image(batch, size, size, 3, seed=seed), jnp.asarray(mask)
 
 
-def sample(config, text=None, batch=2, scale=None, **given):
-  """Draws with the config's own plan."""
-  text, key_b = text or make_text(), jax.random.split(jax.random.key(7), 3)[:batch]
+@functools.partial(jax.jit, static_argnames='config')
+def draw(config, params, text, key_b, given):
+  """Draws with the config's own plan, and says what lay between."""
   plan = common.make_plan(config.diffusion, config.sampling)
   sampler = common.make_sampler(config.sampling.sampler, config.sampling.variance)
-  text = jax.tree.map(lambda x: x[:batch], text)
+  common_part = {'key_b': key_b, 'plan': plan, 'sampler': sampler, 'with_trajectory': True}
   if isinstance(config, GlideDecoderConfig):
     null = TextFeatures(text.ids * 0 + 10, text.mask & False, None, None)
-    given['guidance_scale'] = None if scale is None else jnp.float32(scale)
-    return glide.sample_base(config, params_of(config), text, null, key_b, plan, sampler, **given)
-  low = given.pop('low', image(2, config.low_size, config.low_size, 3, seed=3))[:batch]
-  return glide.sample_upsampler(config, params_of(config), text, low, key_b, plan, sampler, **given)
+    return glide.sample_base(config, params, text, null, **common_part, **given)
+  return glide.sample_upsampler(config, params, text, **common_part, **given)
+
+
+def trace(config, text=None, batch=2, **given):
+  """A sample and its trajectory; `given` are more arrays of the stage's arguments."""
+  if isinstance(config, GlideUpsamplerConfig):
+    given = {'low_bhwc': image(2, config.low_size, config.low_size, 3, seed=3), **given}
+  key_b = jax.random.split(jax.random.key(7), 2)
+  text, key_b, given = jax.tree.map(lambda x: x[:batch], (text or make_text(), key_b, given))
+  return draw(config, params_of(config), text, key_b, given)
+
+
+def sample(config, text=None, batch=2, **given):
+  return trace(config, text, batch, **given)[0]
 
 
 @pytest.mark.parametrize('name', CONFIGS)
 def test_samples_are_pictures_that_follow_the_caption(name):
   config = CONFIGS[name]
-  ours, trajectory = sample(config, with_trajectory=True)
+  ours, trajectory = trace(config)
   assert ours.shape == (2, config.image_size, config.image_size, 3)
   assert ours.dtype == jnp.float32
   assert trajectory.x_s.shape == (3, *ours.shape)
   np.testing.assert_array_equal(trajectory.x_s[-1], ours)
   assert 0.2 < ours.std() <= 1
-  other, nothing = sample(config, make_text(seed=5))
-  assert nothing is None
+  other = sample(config, make_text(seed=5))
   assert np.abs(other - ours).max() > 0.01
 
 
 @pytest.mark.parametrize('name', CONFIGS)
 def test_an_image_is_the_same_in_any_batch(name):
   config = CONFIGS[name]
-  two, one = sample(config)[0], sample(config, batch=1)[0]
+  two, one = sample(config), sample(config, batch=1)
   np.testing.assert_allclose(two[:1], one, atol=1e-5)
 
 
 def test_what_stands_in_padding_has_no_effect_but_its_length_has():
   text = make_text()
-  expected = sample(BASE, text)[0]
+  expected = sample(BASE, text)
   other = text._replace(ids=jnp.where(text.mask, text.ids, 10 - text.ids))
   assert (other.ids != text.ids).any()
-  np.testing.assert_array_equal(sample(BASE, other)[0], expected)
+  np.testing.assert_array_equal(sample(BASE, other), expected)
   longer = text._replace(mask=text.mask | True)
-  assert np.abs(sample(BASE, longer)[0] - expected).max() > 0.01
+  assert np.abs(sample(BASE, longer) - expected).max() > 0.01
 
 
 def test_guidance_leads_away_from_the_empty_caption():
-  plain, one, three = (sample(BASE, scale=scale)[0] for scale in (None, 1.0, 3.0))
+  scaled = [sample(BASE, guidance_scale=jnp.full(2, scale)) for scale in (1.0, 3.0)]
+  plain, one, three = [sample(BASE), *scaled]
   np.testing.assert_allclose(one, plain, atol=1e-5)
   assert np.abs(three - plain).max() > 0.05
 
@@ -146,17 +157,17 @@ def test_a_fresh_network_predicts_nothing():
 def test_known_pixels_are_kept_and_the_rest_follows_them(name):
   config = CONFIGS[name]
   known, mask = picture(config)
-  ours, trajectory = sample(config, known=known, mask=mask, with_trajectory=True)
+  ours, trajectory = trace(config, known=known, mask=mask)
   for x_0 in (ours, *trajectory.x_0):
     np.testing.assert_allclose(x_0, jnp.where(mask, known, x_0), atol=1e-6)
   others = [
-    sample(config)[0],
-    sample(config, known=known * jnp.where(mask, -1, 1), mask=mask)[0],
-    sample(config, known=known, mask=~mask)[0],
+    sample(config),
+    sample(config, known=known * jnp.where(mask, -1, 1), mask=mask),
+    sample(config, known=known, mask=~mask),
   ]
   for other in others:
     assert np.abs(jnp.where(mask, 0, other - ours)).max() > 0.01
-  hidden = sample(config, known=known * jnp.where(mask, 1, -1), mask=mask)[0]
+  hidden = sample(config, known=known * jnp.where(mask, 1, -1), mask=mask)
   np.testing.assert_array_equal(hidden, ours)
 
 
@@ -164,14 +175,14 @@ def test_known_pixels_are_kept_and_the_rest_follows_them(name):
 def test_without_a_picture_nothing_is_known(name):
   config = CONFIGS[name]
   known, mask = picture(config)
-  nothing = sample(config, known=known, mask=mask & False)[0]
-  np.testing.assert_allclose(sample(config)[0], nothing, atol=1e-6)
+  nothing = sample(config, known=known, mask=mask & False)
+  np.testing.assert_allclose(sample(config), nothing, atol=1e-6)
 
 
 def test_known_pixels_are_put_in_before_x_0_is_bounded():
   config = inpainting(BASE)
   known, mask = picture(config)
-  ours = sample(config, known=known + 3, mask=mask)[0]
+  ours = sample(config, known=known + 3, mask=mask)
   np.testing.assert_allclose(ours[:, :3], 1, atol=1e-6)
 
 
@@ -180,7 +191,7 @@ def test_known_pixels_without_a_bound():
     inpainting(BASE), diffusion=dataclasses.replace(DIFFUSION, clip_x_0=None)
   )
   known, mask = picture(config)
-  ours = sample(config, known=known + 3, mask=mask)[0]
+  ours = sample(config, known=known + 3, mask=mask)
   np.testing.assert_allclose(ours[:, :3], known[:, :3] + 3, rtol=1e-6)
 
 
@@ -197,15 +208,15 @@ def test_weights_that_do_not_inpaint_are_an_error(name):
 def test_temperature_makes_the_noise_smaller():
   start = image(2, 12, 12, 3, seed=4)
   one, half = (dataclasses.replace(UPSAMPLER, temperature=x) for x in (1.0, 0.5))
-  expected = sample(one, x_start=start / 2)[0]
-  np.testing.assert_allclose(sample(half, x_start=start)[0], expected, atol=1e-5)
-  assert np.abs(sample(one, x_start=start)[0] - expected).max() > 0.01
-  assert np.abs(sample(one)[0] - sample(half)[0]).max() > 0.01
+  expected = sample(one, x_start=start / 2)
+  np.testing.assert_allclose(sample(half, x_start=start), expected, atol=1e-5)
+  assert np.abs(sample(one, x_start=start) - expected).max() > 0.01
+  assert np.abs(sample(one) - sample(half)).max() > 0.01
 
 
 def test_small_picture_is_seen_in_levels_and_within_its_range():
   low = image(2, 6, 6, 3, seed=3) * 1.5
-  expected = sample(UPSAMPLER, low=low)[0]
+  expected = sample(UPSAMPLER, low=low)
   levels = jnp.round((jnp.clip(low, -1, 1) + 1) * 127.5) / 127.5 - 1
-  np.testing.assert_allclose(sample(UPSAMPLER, low=levels)[0], expected, atol=1e-5)
-  assert np.abs(sample(UPSAMPLER, low=-low)[0] - expected).max() > 0.01
+  np.testing.assert_allclose(sample(UPSAMPLER, low=levels), expected, atol=1e-5)
+  assert np.abs(sample(UPSAMPLER, low=-low) - expected).max() > 0.01

@@ -20,7 +20,7 @@ from unclip_jax.stages import clip
 from unclip_jax.systems import convert as systems_convert
 from unclip_jax.systems import programs
 from unclip_jax.types import UnclipError
-from unclip_jax.weights import transformers_clip
+from unclip_jax.weights import preprocessor, transformers_clip
 
 TOLERANCE = 1e-5
 END = 5  # the end-of-text token
@@ -194,7 +194,7 @@ def test_images_are_prepared_as_by_transformers(shape):
   sizes = {'size': {'shortest_edge': 20}, 'crop_size': {'height': 20, 'width': 20}}
   expected = CLIPImageProcessorPil(**sizes)(Image.fromarray(image), return_tensors='np')
   mean, std = (
-    np.float32(each) for each in (transformers_clip.OPENAI_MEAN, transformers_clip.OPENAI_STD)
+    np.float32(each) for each in (preprocessor.OPENAI_MEAN, preprocessor.OPENAI_STD)
   )
   ours = (np.asarray(programs.prepare(image[None], 20)) + 1) / 2
   levels = 255 * (ours - (np.moveaxis(expected.pixel_values, 1, -1) * std + mean))

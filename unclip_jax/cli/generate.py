@@ -166,11 +166,14 @@ def generate(
     loaded = unclip_jax.load(model, dtype, devices, offload, prior_model, lora or (), lora_strength)
     is_varied = picture is not None and mask is None
     z_i = loaded.encode_image(picture[None]) if is_varied else None
-    config = loaded.config
+    config = settings.at_size(loaded.config, size)
     captions = prompts or ['']
     ups = config.upsamplers[: settings.num_upsamplers(config, size)]
     if config.decoder is None:
       raise UnclipError(f'the model {model} has no decoder: it draws no pictures')
+    others = {'prior_model': prior_model, 'mask': mask, 'noise_level': noise_level, 'tile': tile}
+    if lora:
+      others |= {'lora': lora, 'lora_strength': lora_strength}
     described = {
       'model': model,
       'size': size or settings.sizes(config)[len(ups)],
@@ -178,6 +181,7 @@ def generate(
       'negative_prompt': negative_prompt,
       **_describe_source(config, image, prior, prior_candidates),
       'decoder': settings.describe(config.decoder.sampling, decoder),
+      **{name: value for name, value in others.items() if value is not None},
       'upsamplers': [settings.describe(up.sampling, upsampler) for up in ups],
     }
     text = {

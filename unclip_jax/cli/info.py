@@ -9,11 +9,12 @@ from typing import Annotated, Any
 import typer
 
 import unclip_jax
-from unclip_jax.cli.options import VOCABULARY, ModelOption, option, output_folder
+from unclip_jax.cli.options import VOCABULARY, ModelOption, PriorModelOption, option, output_folder
 
 
 def info(
   model: ModelOption = 'default',
+  prior_model: PriorModelOption = None,
   vocabulary: Annotated[
     bool,
     typer.Option(
@@ -39,17 +40,19 @@ def info(
   import jax
   from rich.console import Console
 
-  from unclip_jax.systems import formats, loading, settings
+  from unclip_jax.systems import loading, settings
   from unclip_jax.terminal import cache_folder, plain_warnings
 
   with plain_warnings():
-    opened = formats.open_model(loading.find_folder(model))
+    opened = loading.open_model(model, prior_model)
     # Of no stage: it checks the config, and reads no weights.
     loading.read_stages(opened, 'float32', names=())
   config = opened.config
   print(f'{model}: {opened.folder}, written by {opened.written_by}\n')
   Console(highlight=False).print(_table(opened))
   sizes = f'{", ".join(map(str, settings.sizes(config)))} px' if config.decoder else 'none'
+  if (multiple := settings.size_multiple(config)) is not None:
+    sizes += f', and other multiples of {multiple}'
   tokenizer = opened.tokenizer or opened.decoder_tokenizer
   cache = jax.config.jax_compilation_cache_dir or cache_folder()
   print(
@@ -80,8 +83,13 @@ def _table(opened: Any) -> Any:
   decoders = {'decoder': config.decoder} if config.decoder is not None else {}
   decoders |= {f'upsampler_{i}': up for i, up in enumerate(config.upsamplers)}
   for name, stage in decoders.items():
-    makes[name] = f'{stage.image_size} px'
+    of_latents = name == 'decoder' and config.autoencoder is not None
+    makes[name] = f'{"latents of " if of_latents else ""}{stage.image_size} px'
     sampling[name] = settings.summary(stage.sampling)
+  if config.decoder_text is not None:
+    makes['decoder_text'] = f'{config.decoder_text.width} numbers a token'
+  if config.autoencoder is not None:
+    makes['autoencoder'] = f'{settings.sizes(config)[0]} px'
   table = Table(box=None, header_style='bold', pad_edge=False)
   table.add_column('stage')
   table.add_column('makes')

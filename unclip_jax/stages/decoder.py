@@ -23,7 +23,6 @@ from unclip_jax.stages.common import draw_training_step, make_denoise_fn
 from unclip_jax.stages.diffusion_prior import drop_text
 from unclip_jax.types import Array, Params, Step
 
-
 # What `init` and `sample` know; `loss` is of the first alone.
 EmbeddingDecoderConfig = DecoderConfig | KandinskyDecoderConfig | StableUnclipDecoderConfig
 

@@ -231,6 +231,13 @@ def sizes(config: UnclipConfig) -> tuple[int, ...]:
   return (config.decoder.image_size * factor, *(up.image_size for up in config.upsamplers))
 
 
+def size_multiple(config: UnclipConfig) -> int | None:
+  """What sizes have to be multiples of where latents may be of any; None where they may not."""
+  if config.autoencoder is None or config.decoder is None or config.upsamplers:
+    return None
+  return config.autoencoder.factor * 2 ** (len(config.decoder.unet.multipliers) - 1)
+
+
 def at_size(config: UnclipConfig, size: int | None) -> UnclipConfig:
   """The config with latents of the size that pictures of `size` pixels need.
 
@@ -239,12 +246,12 @@ def at_size(config: UnclipConfig, size: int | None) -> UnclipConfig:
   Raises:
     UnclipError: latents of that size cannot be halved as often as the U-Net does.
   """
-  if size is None or config.autoencoder is None or config.upsamplers or size in sizes(config):
+  multiple = size_multiple(config)
+  if size is None or multiple is None or size in sizes(config):
     return config
   check_count('the size', size)
-  factor = config.autoencoder.factor * 2 ** (len(config.decoder.unet.multipliers) - 1)
-  if size % factor:
-    raise UnclipError(f'the size is {size}: this model makes multiples of {factor} pixels')
+  if size % multiple:
+    raise UnclipError(f'the size is {size}: this model makes multiples of {multiple} pixels')
   decoder = dataclasses.replace(config.decoder, image_size=size // config.autoencoder.factor)
   return dataclasses.replace(config, decoder=decoder)
 

@@ -15,8 +15,6 @@ from etils import epath
 
 # What one request to a store asks for, in bytes: so much is held twice while it is copied.
 _BLOCK = 2**24
-# What the system is told to fetch before it is read, in bytes of a mapped file.
-_AHEAD = 2**27
 
 
 class LazyTensor(NamedTuple):
@@ -44,7 +42,6 @@ class ByteRanges:
     """
     self.file: IO[bytes] = stack.enter_context(path.open('rb'))
     self._mapped: mmap.mmap | None = None
-    self._announced = 0
     if is_remote(path):
       self.size = path.stat().length
       return
@@ -73,7 +70,6 @@ class ByteRanges:
       Exception: some of it lies behind the end of the file, or numpy can hold no such array.
     """
     if self._mapped is not None:
-      self._announce(start)
       return np.array(np.ndarray(shape, dtype, self._mapped, start, strides), order='C')
     length = dtype.itemsize * math.prod(shape)
     if strides is not None and length:
@@ -81,14 +77,6 @@ class ByteRanges:
       length = dtype.itemsize + sum(steps)
     content = self._fetch(start, length)
     return np.array(np.ndarray(shape, dtype, content, 0, strides), order='C', copy=None)
-
-  def _announce(self, start: int) -> None:
-    """Lets the system read on while what it has read is used: files are read from front to back."""
-    is_due = start + _AHEAD // 2 > self._announced
-    start = max(start, self._announced) // mmap.PAGESIZE * mmap.PAGESIZE
-    if hasattr(mmap, 'MADV_WILLNEED') and is_due and start < self.size:
-      self._mapped.madvise(mmap.MADV_WILLNEED, start, _AHEAD)
-      self._announced = start + _AHEAD
 
   def _fetch(self, start: int, length: int) -> np.ndarray:
     if start + length > self.size:

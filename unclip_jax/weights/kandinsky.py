@@ -34,6 +34,7 @@ from unclip_jax.weights.foreign_folder import (
   Components,
   read_component_config,
 )
+from unclip_jax.weights.preprocessor import PREPROCESSOR_NAME, write_preprocessor_config
 from unclip_jax.weights.rules import Rule, dense, layer_norm
 
 _COMBINED, _COMBINED_V22 = 'KandinskyCombinedPipeline', 'KandinskyV22CombinedPipeline'
@@ -188,25 +189,18 @@ def write_configs(
     files['text_encoder'] = multilingual_clip.write_config(text)
     index['text_encoder'] = ['kandinsky', 'MultilingualCLIP']  # a folder of pipelines there
     index['tokenizer'] = ['transformers', decoder_tokenizer_class]
-  preprocessor = f'prior_image_processor/{transformers_clip.PREPROCESSOR_NAME}'
+  preprocessor = f'prior_image_processor/{PREPROCESSOR_NAME}'
   return {
     **{f'{name}/{CONFIG_NAME}': values for name, values in files.items()},
     **{f'{name}/{SCHEDULER_CONFIG_NAME}': values for name, values in schedulers.items()},
-    preprocessor: transformers_clip.write_preprocessor_config(clip),
+    preprocessor: write_preprocessor_config(clip),
     INDEX_NAME: index,
   }
 
 
 def _read_clip(folders: Components) -> ClipConfig:
-  text = read_json(folders['prior_text_encoder'] / CONFIG_NAME)
-  vision = preprocessor = None
-  if 'prior_image_encoder' in folders:
-    vision = read_json(folders['prior_image_encoder'] / CONFIG_NAME)
-    if 'prior_image_processor' in folders:
-      path = folders['prior_image_processor'] / transformers_clip.PREPROCESSOR_NAME
-      preprocessor = read_json(path) if path.exists() else None
-  where = str(folders['prior_text_encoder'].parent)
-  return transformers_clip.read_config(text, vision, preprocessor, where, unit_norm=False)
+  vision, pixels = (folders.get(f'prior_image_{name}') for name in ('encoder', 'processor'))
+  return transformers_clip.read_components_config(folders['prior_text_encoder'], vision, pixels)
 
 
 def _read_autoencoder(folders: Components) -> AutoencoderConfig:

@@ -16,7 +16,6 @@ from unclip_jax.configs import (
 from unclip_jax.types import UnclipError
 from unclip_jax.weights import diffusers_prior, diffusers_unet, layouts, transformers_clip
 from unclip_jax.weights.diffusers_schedulers import read_unclip_scheduler, write_unclip_scheduler
-from unclip_jax.weights.foreign_config import read_json
 from unclip_jax.weights.foreign_folder import (
   CONFIG_NAME,
   INDEX_NAME,
@@ -24,6 +23,7 @@ from unclip_jax.weights.foreign_folder import (
   Components,
   read_component_config,
 )
+from unclip_jax.weights.preprocessor import PREPROCESSOR_NAME, write_preprocessor_config
 from unclip_jax.weights.rules import Rule, dense, layer_norm, same
 
 TEXT_TO_IMAGE, VARIATION = 'UnCLIPPipeline', 'UnCLIPImageVariationPipeline'
@@ -147,8 +147,8 @@ def write_configs(
     schedulers['prior_scheduler'] = write_unclip_scheduler('prior', config.prior.diffusion)
   if clip.vision is not None:
     files['image_encoder'] = transformers_clip.write_vision_config(clip)
-    path = f'feature_extractor/{transformers_clip.PREPROCESSOR_NAME}'
-    others[path] = transformers_clip.write_preprocessor_config(clip)
+    path = f'feature_extractor/{PREPROCESSOR_NAME}'
+    others[path] = write_preprocessor_config(clip)
   result = {f'{name}/{CONFIG_NAME}': values for name, values in files.items()}
   result |= {f'{name}/{SCHEDULER_CONFIG_NAME}': values for name, values in schedulers.items()}
   index: dict[str, Any] = {'_class_name': VARIATION if config.prior is None else TEXT_TO_IMAGE}
@@ -167,15 +167,8 @@ def write_configs(
 
 
 def _read_clip(folders: Components) -> ClipConfig:
-  text = read_json(folders['text_encoder'] / CONFIG_NAME)
-  vision = preprocessor = None
-  if 'image_encoder' in folders:
-    vision = read_json(folders['image_encoder'] / CONFIG_NAME)
-    if 'feature_extractor' in folders:
-      path = folders['feature_extractor'] / transformers_clip.PREPROCESSOR_NAME
-      preprocessor = read_json(path) if path.exists() else None
-  where = str(folders['text_encoder'].parent)
-  return transformers_clip.read_config(text, vision, preprocessor, where, unit_norm=False)
+  vision, pixels = (folders.get(name) for name in EXTRA)
+  return transformers_clip.read_components_config(folders['text_encoder'], vision, pixels)
 
 
 def _read_decoder(folders: Components) -> DecoderConfig:

@@ -14,12 +14,8 @@ from unclip_jax.configs import ClipConfig, ResNetConfig, TextConfig, ViTConfig
 from unclip_jax.types import UnclipError
 from unclip_jax.weights.foreign_config import Fields
 from unclip_jax.weights.openai_clip import HEAD_DIM, attention_width, read_shapes
+from unclip_jax.weights.preprocessor import OPENAI_MEAN, OPENAI_STD, read_pixel_statistics
 from unclip_jax.weights.rules import Tensors
-from unclip_jax.weights.transformers_clip import (
-  OPENAI_MEAN,
-  OPENAI_STD,
-  read_pixel_statistics,
-)
 
 CONFIG_NAME = 'open_clip_config.json'
 # The first that is there is read.

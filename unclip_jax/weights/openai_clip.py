@@ -13,6 +13,7 @@ from dataclasses import replace
 from unclip_jax.configs import ClipConfig, ResNetConfig, TextConfig, ViTConfig
 from unclip_jax.types import UnclipError
 from unclip_jax.weights.layouts import Arrays, Layout
+from unclip_jax.weights.preprocessor import OPENAI_MEAN, OPENAI_STD
 from unclip_jax.weights.rules import (
   Rule,
   Tensors,
@@ -24,7 +25,6 @@ from unclip_jax.weights.rules import (
   layer_norm,
   same,
 )
-from unclip_jax.weights.transformers_clip import OPENAI_MEAN, OPENAI_STD
 
 LINEAR_PROJECTION = 'text_projection.weight'  # in place of the matrix `text_projection`
 # Numbers that OpenAI's archives alone hold, as tensors.

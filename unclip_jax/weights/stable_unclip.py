@@ -34,6 +34,7 @@ from unclip_jax.weights.foreign_folder import (
   Components,
   read_component_config,
 )
+from unclip_jax.weights.preprocessor import PREPROCESSOR_NAME, write_preprocessor_config
 from unclip_jax.weights.rules import Rule
 
 TEXT_TO_IMAGE, VARIATION = 'StableUnCLIPPipeline', 'StableUnCLIPImg2ImgPipeline'
@@ -154,8 +155,8 @@ def write_configs(
     )
   if clip.vision is not None:
     files['image_encoder'] = transformers_clip.write_vision_config(clip)
-    path = f'feature_extractor/{transformers_clip.PREPROCESSOR_NAME}'
-    others[path] = transformers_clip.write_preprocessor_config(clip)
+    path = f'feature_extractor/{PREPROCESSOR_NAME}'
+    others[path] = write_preprocessor_config(clip)
   left_out = _OF_PRIOR if prior is None else _OF_PICTURES
   entries = {
     'prior_tokenizer': ['transformers', tokenizer_class],
@@ -181,16 +182,10 @@ def _index_entry(values: dict[str, Any]) -> list[str]:
 
 
 def _read_clip(folders: Components) -> ClipConfig:
-  text = vision = preprocessor = None
-  if 'prior_text_encoder' in folders:
-    text = read_json(folders['prior_text_encoder'] / CONFIG_NAME)
-  if 'image_encoder' in folders or text is None:
-    vision = read_json(folders['image_encoder'] / CONFIG_NAME)
-    if 'feature_extractor' in folders:
-      path = folders['feature_extractor'] / transformers_clip.PREPROCESSOR_NAME
-      preprocessor = read_json(path) if path.exists() else None
-  where = str(folders['unet'].parent)
-  return transformers_clip.read_config(text, vision, preprocessor, where, unit_norm=False)
+  text, (vision, pixels) = folders.get('prior_text_encoder'), map(folders.get, _OF_PICTURES)
+  if text is None:
+    vision = folders['image_encoder']  # an error where there is none either
+  return transformers_clip.read_components_config(text, vision, pixels)
 
 
 def _read_prior(folders: Components) -> PriorConfig:

@@ -9,7 +9,14 @@ from etils import epath
 from unclip_jax.configs import ClipConfig, TextConfig, ViTConfig
 from unclip_jax.types import UnclipError
 from unclip_jax.weights import layouts
-from unclip_jax.weights.foreign_config import Fields, read_json
+from unclip_jax.weights.foreign_config import PRETRAINED_FIELDS, Fields, read_json
+from unclip_jax.weights.preprocessor import (
+  OPENAI_MEAN,
+  OPENAI_STD,
+  PREPROCESSOR_NAME,
+  read_pixel_statistics,
+  write_preprocessor_config,
+)
 from unclip_jax.weights.rules import (
   Rule,
   conv,
@@ -20,10 +27,7 @@ from unclip_jax.weights.rules import (
   same,
 )
 
-OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
-OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
-BICUBIC = 3  # Pillow's number of it
-CONFIG_NAME, PREPROCESSOR_NAME = 'config.json', 'preprocessor_config.json'
+CONFIG_NAME = 'config.json'
 IGNORED = ('embeddings.position_ids',)  # a counter, in files of transformers before 4.31
 MAX_LOG_SCALE = math.log(100)  # what OpenAI's models are clipped at (section 2.5 of Radford et al.)
 # Without an effect on what the towers compute.
@@ -32,21 +36,6 @@ _IGNORED_FIELDS = (
   'attention_dropout', 'dropout', 'initializer_factor', 'initializer_range',
   'bos_token_id', 'eos_token_id', 'pad_token_id',
 )  # fmt: skip
-# What generation and classification know of; of no meaning to an encoder. transformers 4 wrote
-# them all into each tower's part.
-_PRETRAINED_FIELDS = {
-  'add_cross_attention', 'bad_words_ids', 'begin_suppress_tokens', 'chunk_size_feed_forward',
-  'cross_attention_hidden_size', 'decoder_start_token_id', 'diversity_penalty', 'do_sample',
-  'early_stopping', 'encoder_no_repeat_ngram_size', 'exponential_decay_length_penalty',
-  'finetuning_task', 'forced_bos_token_id', 'forced_eos_token_id', 'id2label', 'is_decoder',
-  'is_encoder_decoder', 'label2id', 'length_penalty', 'max_length', 'min_length',
-  'no_repeat_ngram_size', 'num_beam_groups', 'num_beams', 'num_return_sequences',
-  'output_attentions', 'output_hidden_states', 'output_scores', 'prefix', 'problem_type',
-  'pruned_heads', 'remove_invalid_values', 'repetition_penalty', 'return_dict',
-  'return_dict_in_generate', 'sep_token_id', 'suppress_tokens', 'task_specific_params',
-  'temperature', 'tf_legacy_loss', 'tie_encoder_decoder', 'tie_word_embeddings',
-  'tokenizer_class', 'top_k', 'top_p', 'torchscript', 'typical_p', 'use_bfloat16',
-}  # fmt: skip
 _ACTIVATIONS = {'quick_gelu': 'quick_gelu', 'gelu': 'gelu'}
 
 
@@ -109,6 +98,26 @@ def read_model_config(folder: epath.Path) -> ClipConfig:
   return read_config(*towers, pixels, str(path), unit_norm=True)
 
 
+def read_components_config(
+  text: epath.Path | None, vision: epath.Path | None, preprocessor: epath.Path | None
+) -> ClipConfig:
+  """Both towers of a pipeline of diffusers, or one alone, from the folders of its components.
+
+  Args:
+    text: of a `CLIPTextModelWithProjection`.
+    vision: of a `CLIPVisionModelWithProjection`.
+    preprocessor: of what prepares its pictures; may lack its file.
+
+  Raises:
+    UnclipError: a file is missing, the towers do not meet, or a field asks for what ours does not.
+  """
+  towers = [folder and read_json(folder / CONFIG_NAME) for folder in (text, vision)]
+  path = preprocessor and preprocessor / PREPROCESSOR_NAME
+  pixels = read_json(path) if vision and path and path.exists() else None
+  where = str((text or vision or epath.Path()).parent)
+  return read_config(*towers, pixels, where, unit_norm=False)
+
+
 def read_config(
   text: Mapping[str, Any] | None,
   vision: Mapping[str, Any] | None,
@@ -143,29 +152,6 @@ def read_config(
   if preprocessor is not None:
     mean, std = read_pixel_statistics(preprocessor, f'{where}: {PREPROCESSOR_NAME}')
   return ClipConfig(text_tower, vision_tower, embed_dim, unit_norm, mean, std)
-
-
-def read_pixel_statistics(
-  values: Mapping[str, Any], where: str
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-  """Mean and std of pixels, from a `preprocessor_config.json`; they have to be three numbers.
-
-  Raises:
-    UnclipError: it asks for a preparation of images that ours does not do.
-  """
-  fields = Fields(values, where)
-  mean = fields.take_numbers('image_mean', OPENAI_MEAN)
-  std = fields.take_numbers('image_std', OPENAI_STD)
-  if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-    raise UnclipError(f'{where}: image_mean {mean} and image_std {std} must be of three channels')
-  fields.expect(
-    do_resize=True, do_center_crop=True, do_normalize=True, do_rescale=True, do_convert_rgb=True
-  )
-  fields.expect(resample=BICUBIC, rescale_factor=1 / 255)
-  fields.ignore(('size', 'crop_size', 'feature_extractor_type', 'image_processor_type'))
-  fields.ignore(('processor_class', 'use_square_size', 'default_to_square'))
-  fields.done()
-  return tuple(map(float, mean)), tuple(map(float, std))
 
 
 def text_rules(config: ClipConfig, theirs: str = '') -> list[Rule]:
@@ -263,26 +249,6 @@ def write_vision_config(config: ClipConfig) -> dict[str, Any]:
   }
 
 
-def write_preprocessor_config(config: ClipConfig) -> dict[str, Any]:
-  """A `preprocessor_config.json` for the image tower."""
-  size = config.vision.image_size
-  return {
-    'image_processor_type': 'CLIPImageProcessor',
-    'feature_extractor_type': 'CLIPFeatureExtractor',
-    'do_resize': True,
-    'size': {'shortest_edge': size},
-    'do_center_crop': True,
-    'crop_size': {'height': size, 'width': size},
-    'do_rescale': True,
-    'rescale_factor': 1 / 255,
-    'do_normalize': True,
-    'do_convert_rgb': True,
-    'image_mean': list(config.pixel_mean),
-    'image_std': list(config.pixel_std),
-    'resample': BICUBIC,
-  }
-
-
 def _write_tower(tower: TextConfig | ViTConfig) -> dict[str, Any]:
   return {
     'hidden_size': tower.width,
@@ -310,7 +276,7 @@ def _read_tower(fields: Fields, width: int, num_heads: int) -> dict[str, Any]:
 
 def _finish(fields: Fields) -> None:
   fields.ignore(_IGNORED_FIELDS)
-  fields.ignore(_PRETRAINED_FIELDS)
+  fields.ignore(PRETRAINED_FIELDS)
   fields.done()
 
 
