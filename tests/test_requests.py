@@ -7,12 +7,15 @@ import pytest
 from tiny_model import CONFIG, TEXTS, make_params
 
 from unclip_jax import Sampling
-from unclip_jax.config_json import from_json, to_json
+from unclip_jax.config_json import from_json, override, to_json
 from unclip_jax.configs import (
   AutoencoderConfig,
+  DiffusionConfig,
   GlideDecoderConfig,
   GlideUpsamplerConfig,
   KandinskyDecoderConfig,
+  LatentUNetConfig,
+  StableUnclipDecoderConfig,
   UnclipConfig,
 )
 from unclip_jax.data.tokenizer import Tokenizer
@@ -40,6 +43,30 @@ KANDINSKY = dataclasses.replace(
     channels=4, multipliers=(1, 2), num_res_blocks=1, latent_channels=4, num_groups=2
   ),
 )
+STABLE = dataclasses.replace(
+  KANDINSKY,
+  decoder=StableUnclipDecoderConfig(
+    image_size=8,
+    embed_dim=CONFIG.clip.embed_dim,
+    unet=LatentUNetConfig(
+      in_channels=4,
+      out_channels=4,
+      channels=8,
+      multipliers=(1, 2),
+      num_res_blocks=1,
+      attention_levels=(0,),
+      num_heads=(2, 2),
+      depths=(1, 1),
+      context_dim=TEXT.width,
+      class_dim=2 * CONFIG.clip.embed_dim,
+      num_groups=4,
+    ),
+    diffusion=DiffusionConfig(prediction='v'),
+    sampling=CONFIG.decoder.sampling,
+    z_i_diffusion=DiffusionConfig(),
+  ),
+  decoder_text=TEXT,
+)
 GLIDE = UnclipConfig(
   clip=None,
   prior=None,
@@ -61,6 +88,10 @@ GLIDE = UnclipConfig(
     ),
   ),
 )
+
+
+def stable(*assignments):
+  return override(STABLE, [f'decoder.{each}' for each in assignments])
 
 
 def make_model(config):
@@ -190,6 +221,13 @@ def test_what_has_no_effect_or_does_not_fit_is_named(which, given, match, reques
       dataclasses.replace(CONFIG, clip=dataclasses.replace(CONFIG.clip, text=None)),
       'no clip.text',
     ),
+    (stable('unet.class_dim=12'), 'class_dim is 12: it must be twice'),
+    (stable('unet.out_channels=8'), 'out_channels is 8'),
+    (stable('unet.depths=[1]'), 'depths has 1 numbers: take 2'),
+    (stable('unet.num_heads=[3,2]'), 'num_heads is 3'),
+    (stable('noise_level=1000'), 'noise_level is 1000: take 0 to 999'),
+    (stable('z_i_diffusion.schedule=cubic'), "z_i_diffusion.diffusion.schedule is 'cubic'"),
+    (dataclasses.replace(STABLE, decoder_text=None), 'no decoder_text'),
   ],
 )
 def test_configs_whose_stages_do_not_meet_are_refused(config, match):

@@ -11,6 +11,7 @@ from unclip_jax.configs import (
   GlideDecoderConfig,
   GlideUpsamplerConfig,
   KandinskyDecoderConfig,
+  LatentUNetConfig,
   PriorConfig,
   ResNetConfig,
   StableUnclipDecoderConfig,
@@ -90,6 +91,19 @@ def _check_painter(name: str, stage: AnyDecoderConfig | AnyUpsamplerConfig) -> N
     _check_heads(f'{name}.text', text.width, text.num_heads)
   if isinstance(stage.unet, UNetConfig):
     _check_unet(f'{name}.unet', stage.unet, stage.diffusion.learned_variance)
+  if isinstance(stage, StableUnclipDecoderConfig):
+    _check_latent_unet(f'{name}.unet', stage.unet, stage.diffusion.learned_variance)
+    _check_diffusion(f'{name}.z_i_diffusion', stage.z_i_diffusion)
+    if stage.unet.class_dim != 2 * stage.embed_dim:
+      raise UnclipError(
+        f'{name}.unet.class_dim is {stage.unet.class_dim}: it must be twice {name}.embed_dim, '
+        f'{stage.embed_dim}'
+      )
+    if not 0 <= stage.noise_level < stage.z_i_diffusion.num_steps:
+      raise UnclipError(
+        f'{name}.noise_level is {stage.noise_level}: take 0 to '
+        f'{stage.z_i_diffusion.num_steps - 1}, a step of {name}.z_i_diffusion'
+      )
 
 
 def _check_prior(prior: PriorConfig) -> None:
@@ -243,7 +257,7 @@ def _check_diffusion(name: str, diffusion: DiffusionConfig) -> None:
     )
 
 
-def _check_unet(name: str, unet: UNetConfig, learned_variance: bool) -> None:
+def _check_channels(name: str, unet: UNetConfig | LatentUNetConfig, learned_variance: bool) -> None:
   wanted = unet.in_channels * (2 if learned_variance else 1)
   if unet.out_channels != wanted:
     variance = 'learned' if learned_variance else 'not learned'
@@ -251,6 +265,20 @@ def _check_unet(name: str, unet: UNetConfig, learned_variance: bool) -> None:
       f'{name}.out_channels is {unet.out_channels}: with {unet.in_channels} in_channels and a '
       f'variance that is {variance} it must be {wanted}'
     )
+
+
+def _check_latent_unet(name: str, unet: LatentUNetConfig, learned_variance: bool) -> None:
+  _check_channels(name, unet, learned_variance)
+  levels = len(unet.multipliers)
+  for field in ('num_heads', 'depths'):
+    if len(getattr(unet, field)) != levels:
+      raise UnclipError(f'{name}.{field} has {len(getattr(unet, field))} numbers: take {levels}')
+  for multiplier, heads in zip(unet.multipliers, unet.num_heads, strict=True):
+    _check_heads(name, unet.channels * multiplier, heads)
+
+
+def _check_unet(name: str, unet: UNetConfig, learned_variance: bool) -> None:
+  _check_channels(name, unet, learned_variance)
   if not 0 <= unet.dropout < 1:
     raise UnclipError(f'{name}.dropout is {unet.dropout:g}: take 0 or more, and less than 1')
   levels = range(len(unet.multipliers))
