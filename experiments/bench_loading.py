@@ -2,10 +2,12 @@
 
   python -m experiments.bench_loading --folder /tmp/karlo        # 14 GB, written at the first run
   python -m experiments.bench_loading --folder my/karlo --dtype float32
+  python -m experiments.bench_loading --folder /tmp/small --set prior.depth=2     # a smaller one
 
 Cold: the system is told to forget the files (posix_fadvise) before each measurement. What reading
 takes is that of the same files, whole, by large blocks into one buffer. Prints seconds, their
-ratio, and the peak of memory that is not mapped files, beyond the parameters themselves.
+ratio, the seconds that processors were at work (a busy machine leaves them as they are), and the
+peak of memory that is not mapped files, beyond the parameters themselves.
 """
 
 import argparse
@@ -20,6 +22,8 @@ from pathlib import Path
 import numpy as np
 
 import unclip_jax
+from unclip_jax.config_json import override
+from unclip_jax.configs import UnclipConfig
 from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.presets import preset
 from unclip_jax.systems.formats import TOKENIZER_FOLDER
@@ -31,9 +35,12 @@ from unclip_jax.weights.safetensors import named_leaves, save_params
 BLOCK = 2**24  # bytes
 
 
-def write_folder(folder: Path, name: str) -> None:
-  """A folder of diffusers with random weights of a preset's sizes, a component at a time."""
-  config, rng = preset(name), np.random.default_rng(0)
+def write_folder(folder: Path, config: UnclipConfig) -> None:
+  """A folder of diffusers with random weights of a config's sizes, a component at a time."""
+  needed = 4 * sum(leaf.size for leaf in named_leaves(expected_params(config)).values())
+  if shutil.disk_usage(folder.parent).free < needed:
+    raise SystemExit(f'{folder}: needs {needed / 2**30:.1f} GiB of disk')
+  rng = np.random.default_rng(0)
   tokenizer = Tokenizer.clip()
   for path, values in karlo.write_configs(
     config, tokenizer.transformers_class, tokenizer.end_id
@@ -85,30 +92,32 @@ def main() -> None:
   )
   parser.add_argument('--folder', type=Path, required=True)
   parser.add_argument('--preset', default='karlo')
+  parser.add_argument('--set', nargs='+', default=[], metavar='FIELD=VALUE')
   parser.add_argument('--dtype', default='bfloat16')
   parser.add_argument('--load', action='store_true', help=argparse.SUPPRESS)
   args = parser.parse_args()
   if args.load:
-    start = time.perf_counter()
+    times, start = os.times(), time.perf_counter()
+    before = times.user + times.system
     model = unclip_jax.load(args.folder, args.dtype)
     seconds = time.perf_counter() - start
     size = sum(x.nbytes for tree in model.params.values() for x in named_leaves(tree).values())
-    print(seconds, size)
+    # What the import takes is not counted in either.
+    times = os.times()
+    print(seconds, times.user + times.system - before, size)
     return
   if not (args.folder / 'model_index.json').exists():
-    needed = 14 * 2**30
-    if shutil.disk_usage(args.folder.parent).free < needed:
-      raise SystemExit(f'{args.folder}: needs 14 GiB of disk')
-    write_folder(args.folder, args.preset)
+    write_folder(args.folder, override(preset(args.preset), args.set))
   files = sorted(args.folder.rglob('*.safetensors'))
   total = sum(file.stat().st_size for file in files)
   command = [sys.executable, '-m', __spec__.name, '--folder', str(args.folder)]
   command += ['--dtype', args.dtype, '--load']
   print(f'{total / 2**30:.1f} GiB of safetensors, opened in {args.dtype}\n')
   print(
-    '| page cache | reading the bytes | unclip_jax.load | ratio | memory beyond the parameters |'
+    '| page cache | reading the bytes | unclip_jax.load | ratio | processors | '
+    'memory beyond the parameters |'
   )
-  print('|---|---|---|---|---|')
+  print('|---|---|---|---|---|---|')
   for state in ('cold', 'warm'):
     if state == 'cold':
       forget(files)
@@ -124,10 +133,10 @@ def main() -> None:
           if line.startswith('RssAnon'):
             peak = max(peak, int(line.split()[1]) * 1024)
       time.sleep(0.02)
-    seconds, size = process.stdout.read().split()
+    seconds, busy, size = map(float, process.stdout.read().split())
     print(
-      f'| {state} | {reading:.1f} s | {float(seconds):.1f} s | {float(seconds) / reading:.2f} | '
-      f'{(peak - int(size)) / 2**30:.2f} GiB |',
+      f'| {state} | {reading:.1f} s | {seconds:.1f} s | {seconds / reading:.2f} | {busy:.1f} s | '
+      f'{(peak - size) / 2**30:.2f} GiB |',
       flush=True,
     )
 

@@ -85,16 +85,17 @@ def main() -> None:
       **options('prior'),
     ),
     'decoder': programs.sample_decoder.trace(
-      params['decoder'], programs.Prompt(text, text, z_i), keys, *schedule('decoder'), image,
-      **options('decoder'),
+      params['decoder'], programs.Prompt(text, text, z_i), keys, *schedule('decoder'),
+      image, **options('decoder'),
     ),
   }  # fmt: skip
   for i, up in enumerate(config.upsamplers):
     name = f'upsampler_{i}'
     plan, _, eta = schedule(name)
     large = array(b, up.image_size, up.image_size, 3)
+    nothing = programs.Prompt(None, None, None)
     traced[name] = programs.sample_upsampler.trace(
-      params[name], image, programs.Prompt(None, None, None), keys, plan, eta, large, **options(name)
+      params[name], image, nothing, keys, plan, eta, large, **options(name)
     )
     image = large
   device = jax.devices()[0].device_kind if place is None else f'a chip of {args.topology}'

@@ -354,7 +354,7 @@ def test_broken_manifest_is_named(model):
   ({'format_version': True}, 'format_version is True'),
   ({'format_version': None}, 'format_version is None'),
   ({'colour': 'red'}, 'unknown keys: colour'),
-  ({'tokenizer': None}, 'lacks tokenizer'),
+  ({'stages': None}, 'lacks stages'),
   ({'stages': ['prior']}, 'must be JSON objects'),
   ({'stages': {'prior': 'gone.safetensors'}}, r'names gone\.safetensors, which is not there'),
   ({'vocabulary': 'gone.json'}, r'names gone\.json, which is not there'),

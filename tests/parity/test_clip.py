@@ -193,9 +193,7 @@ def test_images_are_prepared_as_by_transformers(shape):
   image = np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(1)))
   sizes = {'size': {'shortest_edge': 20}, 'crop_size': {'height': 20, 'width': 20}}
   expected = CLIPImageProcessorPil(**sizes)(Image.fromarray(image), return_tensors='np')
-  mean, std = (
-    np.float32(each) for each in (preprocessor.OPENAI_MEAN, preprocessor.OPENAI_STD)
-  )
+  mean, std = (np.float32(each) for each in (preprocessor.OPENAI_MEAN, preprocessor.OPENAI_STD))
   ours = (np.asarray(programs.prepare(image[None], 20)) + 1) / 2
   levels = 255 * (ours - (np.moveaxis(expected.pixel_values, 1, -1) * std + mean))
   assert np.abs(levels).max() <= 1.5  # Pillow rounds to whole levels after each axis

@@ -17,6 +17,7 @@ import tokenizers
 from etils import epath
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
+from unclip_jax import git_lfs
 from unclip_jax.types import UnclipError
 
 START = '<|startoftext|>'
@@ -239,8 +240,10 @@ def _read(path: epath.Path) -> str:
   if not path.exists():
     raise UnclipError(f'{path} is missing: give the tokenizer folder of a CLIP model')
   try:
-    return path.read_text(encoding='utf-8')
+    text = path.read_text(encoding='utf-8')
   except OSError as error:
     raise UnclipError(f'cannot read {path} ({error.strerror or error})') from error
   except UnicodeDecodeError as error:
     raise UnclipError(f'{path} is not UTF-8 text ({error.reason}): fetch it again') from error
+  git_lfs.refuse_pointer(path, text)
+  return text

@@ -16,6 +16,7 @@ import tokenizers
 from etils import epath
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
+from unclip_jax import git_lfs
 from unclip_jax.types import UnclipError
 
 END = '<|endoftext|>'
@@ -72,8 +73,9 @@ def _find(folder: epath.Path, names: Sequence[str]) -> epath.Path:
 
 
 def _read_vocab(path: epath.Path) -> dict[str, int]:
+  text = _read(path)
   try:
-    vocab = json.loads(_read(path))
+    vocab = json.loads(text)
   except (ValueError, RecursionError) as error:
     raise UnclipError(f'{path} is not valid JSON ({error}): fetch it again') from error
   if not isinstance(vocab, dict) or not all(type(index) is int for index in vocab.values()):
@@ -117,7 +119,10 @@ def _read_merges(path: epath.Path, vocab: dict[str, int]) -> list[tuple[str, str
 def _read(path: epath.Path) -> str:
   try:
     content = path.read_bytes()
+    git_lfs.refuse_pointer(path, content)
     return (gzip.decompress(content) if path.suffix == '.gz' else content).decode()
+  except UnclipError:
+    raise
   except UnicodeDecodeError as error:
     raise UnclipError(f'{path} is not UTF-8 text ({error.reason}): fetch it again') from error
   except (OSError, EOFError, zlib.error) as error:  # of the file, and of gzip

@@ -17,6 +17,7 @@ import tokenizers
 from etils import epath
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from unclip_jax import git_lfs
 from unclip_jax.data import clip_vocabulary, gpt2_vocabulary, xlm_vocabulary
 from unclip_jax.types import UnclipError
 
@@ -186,7 +187,10 @@ class Tokenizer:
     try:
       # The library raises plain Exception for any fault of the file.
       text = path.read_text(encoding='utf-8')
+      git_lfs.refuse_pointer(path, text)
       bpe = tokenizers.Tokenizer.from_str(text)
+    except UnclipError:
+      raise
     except Exception as error:
       raise UnclipError(f'tokenizer {path} cannot be read ({error}): fetch it again') from error
     if not _is_ours(bpe):

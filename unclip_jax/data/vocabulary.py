@@ -18,6 +18,7 @@ from typing import Any
 
 from etils import epath
 
+from unclip_jax import git_lfs
 from unclip_jax.types import UnclipError
 
 CONCEPTS, STYLES = 'concepts', 'styles'
@@ -60,7 +61,11 @@ class Vocabulary:
     """
     path = epath.Path(path)
     try:
-      fields = json.loads(path.read_text(encoding='utf-8'))
+      text = path.read_text(encoding='utf-8')
+      git_lfs.refuse_pointer(path, text)
+      fields = json.loads(text)
+    except UnclipError:
+      raise
     except OSError as error:
       raise UnclipError(f'cannot read {path} ({error.strerror or error})') from error
     except (ValueError, RecursionError) as error:

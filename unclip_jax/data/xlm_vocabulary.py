@@ -20,6 +20,7 @@ import tokenizers
 from etils import epath
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
+from unclip_jax import git_lfs
 from unclip_jax.types import UnclipError
 
 CONTEXT_LENGTH = 77  # of Kandinsky 2.1, whatever length its tokenizer's folder names
@@ -151,8 +152,9 @@ def _check_pieces(path: epath.Path, pieces: Pieces) -> None:
 
 def _read_json(path: epath.Path) -> tuple[Pieces, bytes | None]:
   """The pieces of a tokenizer.json, and its table for normalising."""
+  content = _read(path)
   try:
-    fields = json.loads(_read(path).decode(), parse_int=float)
+    fields = json.loads(content.decode(), parse_int=float)
   except (ValueError, RecursionError) as error:
     raise UnclipError(f'{path} is not valid JSON ({error}): fetch it again') from error
   match fields:
@@ -281,6 +283,8 @@ def _is_unicode(text: str) -> bool:
 
 def _read(path: epath.Path) -> bytes:
   try:
-    return path.read_bytes()
+    content = path.read_bytes()
   except OSError as error:
     raise UnclipError(f'cannot read {path} ({error.strerror or error})') from error
+  git_lfs.refuse_pointer(path, content)
+  return content

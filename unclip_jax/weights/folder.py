@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple
 
 from etils import epath
 
+from unclip_jax import git_lfs
 from unclip_jax.types import Params, UnclipError
 from unclip_jax.weights.safetensors import load_params, save_params, write_atomically
 
@@ -132,7 +133,11 @@ def read_manifest(folder: os.PathLike[str] | str) -> Manifest:
       f'{folder} is not a model: it has no {MANIFEST_NAME}; give the folder that does'
     )
   try:
-    fields = json.loads(path.read_text(encoding='utf-8'))
+    text = path.read_text(encoding='utf-8')
+    git_lfs.refuse_pointer(path, text)
+    fields = json.loads(text)
+  except UnclipError:
+    raise
   except (RecursionError, ValueError) as error:
     raise UnclipError(f'{path} is not valid JSON ({error}): download it again') from error
   except OSError as error:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from etils import epath
 
+from unclip_jax import git_lfs
 from unclip_jax.types import UnclipError
 
 T = TypeVar('T')
@@ -38,7 +39,11 @@ def read_json(path: epath.Path) -> dict[str, Any]:
     UnclipError: it is missing, cannot be read, or is no JSON object.
   """
   try:
-    values = json.loads(path.read_text(encoding='utf-8'))
+    text = path.read_text(encoding='utf-8')
+    git_lfs.refuse_pointer(path, text)
+    values = json.loads(text)
+  except UnclipError:
+    raise
   except FileNotFoundError as error:
     raise UnclipError(f'{path} is missing: copy or download the model again') from error
   except OSError as error:

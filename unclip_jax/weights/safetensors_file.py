@@ -16,8 +16,8 @@ from typing import Any
 import jax.numpy as jnp
 from etils import epath
 
+from unclip_jax import git_lfs
 from unclip_jax.types import UnclipError
-from unclip_jax.weights import git_lfs
 from unclip_jax.weights.byte_ranges import ByteRanges, LazyTensor
 
 _METADATA = '__metadata__'

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from unclip_jax import git_lfs
 from unclip_jax.types import UnclipError
-from unclip_jax.weights import git_lfs
 from unclip_jax.weights.byte_ranges import LazyTensor
 from unclip_jax.weights.folder import inside
 from unclip_jax.weights.safetensors import reach
