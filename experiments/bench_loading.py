@@ -26,7 +26,6 @@ from unclip_jax.config_json import override
 from unclip_jax.configs import UnclipConfig
 from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.presets import preset
-from unclip_jax.systems.formats import TOKENIZER_FOLDER
 from unclip_jax.systems.loading import expected_params
 from unclip_jax.weights import karlo
 from unclip_jax.weights.rules import write_tensors
@@ -47,7 +46,7 @@ def write_folder(folder: Path, config: UnclipConfig) -> None:
   ).items():
     (folder / path).parent.mkdir(parents=True, exist_ok=True)
     (folder / path).write_text(json.dumps(values))
-  tokenizer.save_transformers(folder / TOKENIZER_FOLDER)
+  tokenizer.save_transformers(folder / karlo.TOKENIZER)
   for stage, (_, rules) in karlo.rules(config).items():
     shapes = named_leaves(expected_params(config)[stage])
     parts: dict[str, list] = {}
