@@ -15,10 +15,11 @@ import torch
 import twins
 
 VOCAB_SIZE, CONTEXT_LENGTH, TEXT_WIDTH = 23, 9, 128
-HEAD_DIM, CHANNELS = 64, 32
-# Multipliers, and levels with attention: 32 and 64 pixels a side in full.
-BASE = ((1, 2, 4), (1, 2))
-UPSAMPLE = ((1, 1, 2, 4), (2, 3))
+# With as many channels as a norm has groups, biases before a norm would have no effect.
+HEAD_DIM, CHANNELS = 64, 64
+# Multipliers, and levels with attention: 16 and 32 pixels a side in full.
+BASE = ((1, 2), (1,))
+UPSAMPLE = ((1, 1, 2), (1, 2))
 
 
 class TextTower(torch.nn.Module):
