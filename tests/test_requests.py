@@ -19,6 +19,10 @@ from unclip_jax.configs import (
   UnclipConfig,
 )
 from unclip_jax.data.tokenizer import Tokenizer
+from unclip_jax.nn.clip import TextFeatures
+from unclip_jax.stages import common
+from unclip_jax.stages import glide as glide_stage
+from unclip_jax.systems import programs
 from unclip_jax.systems.checks import check_config
 from unclip_jax.systems.unclip import Unclip
 from unclip_jax.types import UnclipError
@@ -81,6 +85,7 @@ GLIDE = UnclipConfig(
     GlideUpsamplerConfig(
       image_size=16,
       low_size=8,
+      temperature=0.5,
       unet=dataclasses.replace(UNET, out_channels=6, context_dim=TEXT.width, condition_channels=7),
       diffusion=dataclasses.replace(CONFIG.decoder.diffusion, learned_variance=True),
       sampling=CONFIG.decoder.sampling,
@@ -166,6 +171,27 @@ def test_what_is_known_of_a_picture_is_kept(glide):
   assert not np.array_equal(free, images)
 
 
+def test_the_upsampler_of_glide_is_run_as_its_stage_is(glide):
+  samples = glide.sample(TEXTS[:1], upsampler=STEPS, **DRAW)
+  config, tokens = GLIDE.upsamplers[0], glide.tokenizer.encode(TEXTS[:1])
+  known, mask = np.zeros((1, 16, 16, 3), 'f'), np.zeros((1, 16, 16, 1), 'f')
+  sampling = dataclasses.replace(config.sampling, num_steps=2)
+  expected, _ = glide_stage.sample_upsampler(
+    config,
+    glide.params['upsampler_0'],
+    TextFeatures(*tokens, None, None),
+    samples.stage_images[0],
+    programs.stage_keys(
+      programs.image_keys(np.uint32(1), np.zeros(1, np.uint32)), stage=programs.UPSAMPLER
+    ),
+    common.make_plan(config.diffusion, sampling),
+    common.make_sampler(sampling.sampler, sampling.variance),
+    known=known,
+    mask=mask,
+  )
+  np.testing.assert_allclose(samples.stage_images[1], expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_model_without_clip_has_no_embeddings(glide):
   samples = glide.sample(TEXTS[:2], size=8, **DRAW)
   assert samples.z_i is None and samples.z_t is None and samples.images.shape == (2, 8, 8, 3)
@@ -228,6 +254,8 @@ def test_what_has_no_effect_or_does_not_fit_is_named(which, given, match, reques
     (stable('noise_level=1000'), 'noise_level is 1000: take 0 to 999'),
     (stable('z_i_diffusion.schedule=cubic'), "z_i_diffusion.diffusion.schedule is 'cubic'"),
     (dataclasses.replace(STABLE, decoder_text=None), 'no decoder_text'),
+    (override(GLIDE, ['decoder.unet.condition_channels=3']), 'condition_channels is 3: take 0, or'),
+    (override(GLIDE, ['upsamplers.0.unet.context_dim=9']), 'context_dim is 9: it must be'),
   ],
 )
 def test_configs_whose_stages_do_not_meet_are_refused(config, match):

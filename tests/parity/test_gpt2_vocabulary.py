@@ -21,7 +21,20 @@ NUM_PLAIN = 1500  # texts for plain Python, which is slow
 PIECES = regex.compile(
   r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 )
-SIGMAS = ('ΟΔΟΣ', 'Σ', 'ΣΣ', 'ΑΣ.Σ', 'Α Σ ΒΣ', 'ΑΣ\u0301Β', "ΑΣ'", '1Σ', 'ΑΣ1', 'Α\u00adΣ\u00ad')
+SIGMAS = (
+  'ΟΔΟΣ',
+  'Σ',
+  'ΣΣ',
+  'ΑΣ.Σ',
+  'Α Σ ΒΣ',
+  'ΑΣ\u0301Β',
+  "ΑΣ'",
+  '1Σ',
+  'ΑΣ1',
+  'Α\u00adΣ\u00ad',
+  '\u037aΣ',
+  'Α\u037aΣ',
+)
 
 
 def texts():

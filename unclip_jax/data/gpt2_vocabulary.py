@@ -27,7 +27,8 @@ _VOCAB_NAMES = ('vocab.json', 'encoder.json')
 _MERGES_NAMES = ('merges.txt', 'vocab.bpe')
 # A capital sigma that ends a word, which Python writes in lower case with a letter of its own. The
 # library looks at each letter alone.
-_FINAL_SIGMA = r'\p{Cased}\p{Case_Ignorable}*\KΣ(?!\p{Case_Ignorable}*\p{Cased})'
+_CASED = r'[\p{Cased}&&\P{Case_Ignorable}]'
+_FINAL_SIGMA = rf'{_CASED}\p{{Case_Ignorable}}*\KΣ(?!\p{{Case_Ignorable}}*{_CASED})'
 
 
 def load(folder: str | os.PathLike[str], context_length: int) -> tokenizers.Tokenizer:

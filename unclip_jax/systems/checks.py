@@ -91,6 +91,19 @@ def _check_painter(name: str, stage: AnyDecoderConfig | AnyUpsamplerConfig) -> N
     _check_heads(f'{name}.text', text.width, text.num_heads)
   if isinstance(stage.unet, UNetConfig):
     _check_unet(f'{name}.unet', stage.unet, stage.diffusion.learned_variance)
+  if isinstance(stage, GlideDecoderConfig | GlideUpsamplerConfig):
+    # The small picture, and to inpaint a picture and its mask.
+    known = (3, 7) if isinstance(stage, GlideUpsamplerConfig) else (0, 4)
+    if stage.unet.condition_channels not in known:
+      raise UnclipError(
+        f'{name}.unet.condition_channels is {stage.unet.condition_channels}: take {known[0]}, or '
+        f'{known[1]} to inpaint'
+      )
+    if stage.unet.context_dim != stage.text.width:
+      raise UnclipError(
+        f'{name}.unet.context_dim is {stage.unet.context_dim}: it must be {name}.text.width, '
+        f'{stage.text.width}'
+      )
   if isinstance(stage, StableUnclipDecoderConfig):
     _check_latent_unet(f'{name}.unet', stage.unet, stage.diffusion.learned_variance)
     _check_diffusion(f'{name}.z_i_diffusion', stage.z_i_diffusion)

@@ -1,4 +1,4 @@
-"""GLIDE's original release: a folder of OpenAI's checkpoints with GPT-2's vocabulary beside them."""
+"""GLIDE's original release: a folder of OpenAI's checkpoints, with GPT-2's vocabulary in it."""
 
 import contextlib
 import functools

@@ -310,8 +310,6 @@ def sample_upsampler(
   dtype: Any,
 ) -> Sampled:
   """Draws the large images of small ones."""
-  if isinstance(config, GlideUpsamplerConfig):
-    x_start = x_start * config.temperature
   how = (key_b, plan, common.make_sampler(sampler, variance, eta), x_start, with_trajectory, dtype)
   with _precision(dtype):
     if isinstance(config, GlideUpsamplerConfig):

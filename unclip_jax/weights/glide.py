@@ -177,7 +177,13 @@ def _read_unet(net: adm.Network, known: UNetConfig, text: TextConfig) -> UNetCon
     )
   condition_channels = found - known.in_channels
   known = dataclasses.replace(known, condition_channels=condition_channels, context_dim=text.width)
-  return adm.read_unet(net, known)
+  unet = adm.read_unet(net, known)
+  if unet.out_channels != known.out_channels:
+    raise net.error(
+      f'out.2.weight has {unet.out_channels} rows: it must have {known.out_channels}, of the noise '
+      'and of its variance'
+    )
+  return unet
 
 
 def _image_size(unet: UNetConfig) -> int:
