@@ -388,7 +388,11 @@ def test_without_a_network_the_cache_serves_with_a_warning(server, session):
 
 
 def test_ctrl_c_ends_a_download_at_once(server, tmp_path):
-  code = "from unclip_jax.weights import hub; hub.download('acme/endless')"
+  # A shell makes what it runs in the background ignore interrupts, and so these tests' children.
+  code = (
+    'import signal; signal.signal(signal.SIGINT, signal.default_int_handler); '
+    "from unclip_jax.weights import hub; hub.download('acme/endless')"
+  )
   env = environment(tmp_path, server.url)
   with subprocess.Popen([sys.executable, '-c', code], env=env, stderr=subprocess.PIPE) as process:
     assert server.stalled.wait(60)

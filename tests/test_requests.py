@@ -4,20 +4,12 @@ import dataclasses
 
 import numpy as np
 import pytest
+from tiny_decoders import GLIDE, KANDINSKY, STABLE, TEXT
 from tiny_model import CONFIG, TEXTS, make_params
 
 from unclip_jax import Sampling
 from unclip_jax.config_json import from_json, override, to_json
-from unclip_jax.configs import (
-  AutoencoderConfig,
-  DiffusionConfig,
-  GlideDecoderConfig,
-  GlideUpsamplerConfig,
-  KandinskyDecoderConfig,
-  LatentUNetConfig,
-  StableUnclipDecoderConfig,
-  UnclipConfig,
-)
+from unclip_jax.configs import UnclipConfig
 from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.nn.clip import TextFeatures
 from unclip_jax.stages import common
@@ -29,70 +21,6 @@ from unclip_jax.types import UnclipError
 
 STEPS = Sampling(num_steps=2)
 DRAW = {'decoder': STEPS, 'seed': 1}
-UNET = dataclasses.replace(CONFIG.decoder.unet, condition_channels=0, patch_size=1)
-TEXT = CONFIG.clip.text
-# Latents of 8 make pictures of 16.
-KANDINSKY = dataclasses.replace(
-  CONFIG,
-  decoder=KandinskyDecoderConfig(
-    image_size=8,
-    embed_dim=CONFIG.clip.embed_dim,
-    unet=dataclasses.replace(UNET, in_channels=4, out_channels=8),
-    diffusion=dataclasses.replace(CONFIG.decoder.diffusion, learned_variance=True),
-    sampling=CONFIG.decoder.sampling,
-    num_image_tokens=2,
-  ),
-  upsamplers=(),
-  autoencoder=AutoencoderConfig(
-    channels=4, multipliers=(1, 2), num_res_blocks=1, latent_channels=4, num_groups=2
-  ),
-)
-STABLE = dataclasses.replace(
-  KANDINSKY,
-  decoder=StableUnclipDecoderConfig(
-    image_size=8,
-    embed_dim=CONFIG.clip.embed_dim,
-    unet=LatentUNetConfig(
-      in_channels=4,
-      out_channels=4,
-      channels=8,
-      multipliers=(1, 2),
-      num_res_blocks=1,
-      attention_levels=(0,),
-      num_heads=(2, 2),
-      depths=(1, 1),
-      context_dim=TEXT.width,
-      class_dim=2 * CONFIG.clip.embed_dim,
-      num_groups=4,
-    ),
-    diffusion=DiffusionConfig(prediction='v'),
-    sampling=CONFIG.decoder.sampling,
-    z_i_diffusion=DiffusionConfig(),
-  ),
-  decoder_text=TEXT,
-)
-GLIDE = UnclipConfig(
-  clip=None,
-  prior=None,
-  decoder=GlideDecoderConfig(
-    image_size=8,
-    unet=dataclasses.replace(UNET, out_channels=6, context_dim=TEXT.width, condition_channels=4),
-    diffusion=dataclasses.replace(CONFIG.decoder.diffusion, learned_variance=True),
-    sampling=CONFIG.decoder.sampling,
-    text=TEXT,
-  ),
-  upsamplers=(
-    GlideUpsamplerConfig(
-      image_size=16,
-      low_size=8,
-      temperature=0.5,
-      unet=dataclasses.replace(UNET, out_channels=6, context_dim=TEXT.width, condition_channels=7),
-      diffusion=dataclasses.replace(CONFIG.decoder.diffusion, learned_variance=True),
-      sampling=CONFIG.decoder.sampling,
-      text=TEXT,
-    ),
-  ),
-)
 
 
 def stable(*assignments):
@@ -211,6 +139,11 @@ def test_a_model_without_clip_has_no_embeddings(glide):
     ('kandinsky', {'mask': np.ones((1, 4, 4), bool)}, 'completes no pictures'),
     ('kandinsky', {'z_i': np.ones((1, 32), 'f'), 'prior': STEPS}, 'prior does not run'),
     ('kandinsky', {'z_i': np.ones((1, 32), 'f'), 'num_candidates': 2}, 'prior does not run'),
+    ('kandinsky', {'z_i': np.ones((1, 32), 'f')}, 'caption is without effect'),
+    ('kandinsky', {'upsampler': STEPS}, 'has none'),
+    ('glide', {'prior': STEPS}, 'has no prior'),
+    ('glide', {'num_candidates': 2}, 'has no prior'),
+    ('glide', {'image': np.zeros((1, 8, 8, 3), 'f'), 'mask': np.ones((1, 8, 4), bool)}, 'one size'),
     ('glide', {'z_i': np.ones((1, 32), 'f')}, 'knows no CLIP'),
     ('glide', {'z_t': np.ones((1, 32), 'f')}, 'knows no CLIP'),
     ('glide', {'tile': 8}, 'no autoencoder'),
@@ -247,6 +180,7 @@ def test_what_has_no_effect_or_does_not_fit_is_named(which, given, match, reques
       dataclasses.replace(CONFIG, clip=dataclasses.replace(CONFIG.clip, text=None)),
       'no clip.text',
     ),
+    (override(STABLE, ['autoencoder.scaling=0']), 'scaling is 0'),
     (stable('unet.class_dim=12'), 'class_dim is 12: it must be twice'),
     (stable('unet.out_channels=8'), 'out_channels is 8'),
     (stable('unet.depths=[1]'), 'depths has 1 numbers: take 2'),

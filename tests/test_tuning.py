@@ -6,6 +6,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from tiny_decoders import STABLE
 from tiny_model import CONFIG, make_params, write_tiny_model
 
 from experiments.emoji import common, train_clip, train_decoder, train_prior, train_upsampler
@@ -229,3 +230,26 @@ def test_a_model_is_opened_with_adapters_from_a_file(base, tuned, tmp_path):
     save_lora(tmp_path / 'other.safetensors', adapters, scale, stage)
     with pytest.raises(UnclipError, match=match):
       load(base, lora=tmp_path / 'other.safetensors')
+
+
+def test_a_prior_is_tuned_whose_decoder_has_a_text_encoder_of_its_own(tmp_path):
+  base, run = tmp_path / 'base', tmp_path / 'run'
+  write_tiny_model(base, STABLE)
+  write_model(
+    base,
+    to_json(STABLE),
+    make_params(STABLE),
+    base / 'tokenizer.json',
+    decoder_tokenizer_file=base / 'tokenizer.json',
+  )
+  train_prior.main([f'--run={run}', f'--init={base}', '--lora=2', *SHORT])
+  before, after = load(base), load(run)
+  assert after.config == before.config and after.params.keys() == before.params.keys()
+  for name in before.params.keys() - {'prior'}:
+    jax.tree.map(np.testing.assert_array_equal, after.params[name], before.params[name])
+  kernels = [model.params['prior']['network'] for model in (before, after)]
+  assert any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, kernels), strict=True))
+  texts = ['a red apple']
+  np.testing.assert_array_equal(
+    after.decoder_tokenizer.encode(texts).ids, before.decoder_tokenizer.encode(texts).ids
+  )

@@ -284,15 +284,16 @@ def export_stage(
     dtype: of the matrices.
   """
   config, stages, vocabulary = config_json.to_json(train.config), (), None
+  decoder_tokenizer = None
   if (train.run / MANIFEST_NAME).exists():
     there, vocabulary = read_manifest(train.run), read_vocabulary(train.run)
-    stages = tuple(there.stages)
+    stages, decoder_tokenizer = tuple(there.stages), there.decoder_tokenizer
     for other in set(stages) - {name}:
-      field, _, index = other.partition('_')
-      if index:
-        config['upsamplers'][int(index)] = there.config['upsamplers'][int(index)]
+      if other.startswith('upsampler_'):
+        index = int(other.removeprefix('upsampler_'))
+        config['upsamplers'][index] = there.config['upsamplers'][index]
       else:
-        config[field] = there.config[field]
+        config[other] = there.config[other]
   if not name.startswith('upsampler'):
     vocabulary = _vocabulary(train, splits)
   written_by = f'unclip_jax {unclip_jax.__version__}'
@@ -300,7 +301,17 @@ def export_stage(
   with tempfile.TemporaryDirectory() as folder:
     tokenizer = Path(folder) / TOKENIZER_NAME
     train.tokenizer.save(tokenizer)
-    write_model(train.run, config, {name: params}, tokenizer, dtype, written_by, stages, words)
+    write_model(
+      train.run,
+      config,
+      {name: params},
+      tokenizer,
+      dtype,
+      written_by,
+      stages,
+      words,
+      decoder_tokenizer_file=decoder_tokenizer,
+    )
 
 
 def _vocabulary(train: TrainConfig, splits: tuple[str, ...]) -> Vocabulary | None:

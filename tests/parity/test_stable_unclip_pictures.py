@@ -171,6 +171,12 @@ def test_what_is_written_for_diffusers_is_what_was_read(stable_unclip, tmp_path)
   assert written.keys() == expected.keys()
   for key, tensor in expected.items():
     np.testing.assert_array_equal(written[key], tensor, str(key))
+  for part in ('text_encoder', 'unet', 'vae'):
+    configs = [
+      json.loads((at / part / 'config.json').read_text()) for at in (folder, tmp_path / 'theirs')
+    ]
+    # Without it transformers finds no end of text.
+    assert configs[0].get('eos_token_id') == configs[1].get('eos_token_id')
   models = [unclip_jax.load(tmp_path / name) for name in ('ours', 'theirs')]
   z_i = np.linspace(-1, 1, models[0].config.clip.embed_dim, dtype='f')[None]
   images = [model.sample(PROMPTS[:1], seed=1, z_i=z_i, decoder=DECODER).images for model in models]

@@ -73,7 +73,7 @@ def generate(
   ] = 'out',
   size: Annotated[
     int | None,
-    option(OUTPUT, "Pixels: one of the sizes that 'unclip-jax info' lists. (default: the largest)"),
+    option(OUTPUT, "Pixels: a size that 'unclip-jax info' lists. (default: the largest)"),
   ] = None,
   model: ModelOption = 'default',
   prior_model: PriorModelOption = None,
@@ -157,6 +157,8 @@ def generate(
     raise typer.BadParameter('give a PROMPT, or the --image that is to be varied')
   if mask is not None and (image is None or not prompts):
     raise typer.BadParameter('--mask goes with an --image, and a PROMPT that says what to paint')
+  if lora_strength != 1 and not lora:
+    raise typer.BadParameter('--lora-strength goes with --lora')
   use_cache(cache)
 
   with output_folder(out) as folder, plain_warnings(), memory_errors(), interrupts() as check:
@@ -165,6 +167,8 @@ def generate(
     anew = None if mask is None else read_picture(mask).mean(axis=-1) > 127
     loaded = unclip_jax.load(model, dtype, devices, offload, prior_model, lora or (), lora_strength)
     is_varied = picture is not None and mask is None
+    if is_varied and loaded.config.clip is None:
+      raise UnclipError(f'the model {model} varies no pictures: it knows no CLIP (give a --mask?)')
     z_i = loaded.encode_image(picture[None]) if is_varied else None
     config = settings.at_size(loaded.config, size)
     captions = prompts or ['']

@@ -48,7 +48,8 @@ def info(
     # Of no stage: it checks the config, and reads no weights.
     loading.read_stages(opened, 'float32', names=())
   config = opened.config
-  print(f'{model}: {opened.folder}, written by {opened.written_by}\n')
+  where = '' if str(opened.folder) == model else f' {opened.folder},'
+  print(f'{model}:{where} written by {opened.written_by}\n')
   Console(highlight=False).print(_table(opened))
   sizes = f'{", ".join(map(str, settings.sizes(config)))} px' if config.decoder else 'none'
   if (multiple := settings.size_multiple(config)) is not None:

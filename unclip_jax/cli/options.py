@@ -27,7 +27,7 @@ PriorModelOption = Annotated[
   typer.Option(
     '--prior-model',
     metavar='MODEL',
-    help='Whose CLIP and prior to take, for a decoder that was published without.',
+    help='Whose prior, and CLIP that reads captions, to take: some decoders come without.',
     show_default=False,
     rich_help_panel=MACHINE,
   ),

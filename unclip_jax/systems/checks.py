@@ -39,6 +39,8 @@ def check_config(config: UnclipConfig) -> None:
   _check_stages_meet(config)
   if config.clip is not None:
     _check_clip(config.clip)
+  if config.autoencoder is not None and not 0 < config.autoencoder.scaling < math.inf:
+    raise UnclipError(f'autoencoder.scaling is {config.autoencoder.scaling:g}: take more than 0')
   if config.decoder_text is not None:
     _check_heads('decoder_text', config.decoder_text.width, config.decoder_text.num_heads)
   stages: dict[str, PriorConfig | AnyDecoderConfig | AnyUpsamplerConfig] = {}

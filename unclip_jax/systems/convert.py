@@ -93,10 +93,12 @@ def _as_pipeline(opened: Model) -> _Foreign:
     opened.config, opened.tokenizer, opened.decoder_tokenizer
   )  # fmt: skip
   family = pipelines.family_of(config)
+  # Captions may be read by the decoder alone.
+  reader = tokenizer or decoder_tokenizer
   files = family.write_configs(
     config,
     tokenizer and tokenizer.transformers_class,
-    tokenizer and tokenizer.end_id,
+    reader.end_id,
     decoder_tokenizer and decoder_tokenizer.transformers_class,
   )
   stages = {

@@ -139,7 +139,12 @@ def _read_ours(path: epath.Path, expected: Params) -> Params:
 def _open_pipeline(folder: epath.Path, prior: epath.Path | None = None) -> Model:
   path = folder / INDEX_NAME
   name, family, components = pipelines.find_components(folder, prior)
-  config = _checked_config(family.read_config(components), path)
+  try:
+    config = _checked_config(family.read_config(components), path)
+  except UnclipError as error:
+    if prior is None:
+      raise
+    raise UnclipError(f'{folder} and the prior {prior} do not go together: {error}') from error
 
   def stage(names: tuple[str, ...], rules: Any) -> Stage:
     def read(expected: Params) -> Params:

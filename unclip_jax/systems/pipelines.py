@@ -60,9 +60,10 @@ def find_components(
   if prior is not None:
     found |= _find_prior(prior, family)
   elif family is kandinsky and 'prior_prior' not in found:
+    version = '2-2' if 'V22' in name else '2-1'
     raise UnclipError(
       f'{folder} is the decoder of Kandinsky: give its prior as well (--prior-model, or prior= of '
-      'load), such as kandinsky-community/kandinsky-2-2-prior'
+      f'load), such as kandinsky-community/kandinsky-{version}-prior'
     )
   return name, family, found
 

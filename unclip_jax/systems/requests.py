@@ -74,14 +74,12 @@ def make(
     raise UnclipError('this model has no decoder: it draws no pictures')
   if config.prior is None and given.z_i is None and sees_z_i:
     raise UnclipError(
-      'this model has no prior: give the z_i of a picture (or --image), or open it with a prior'
+      'this model has no prior: give the z_i that encode_image makes of a picture (--image of '
+      'generate), or open it with a prior'
     )
+  _check_effects(config, captions, samplings, num_candidates, given, negative_prompt)
   num_ups = settings.num_upsamplers(config, size)
   prior, decoder, upsamplers = _resolve(config, samplings)
-  if given.z_i is not None and negative_prompt is None:
-    for what, asked in (('prior', samplings.prior != Sampling()), ('candidates', num_candidates)):
-      if asked:
-        raise UnclipError(f'{what}: without effect as z_i is given: the prior does not run')
   guided = decoder.guidance_scale is not None or (
     given.z_i is None and prior is not None and prior.guidance_scale is not None
   )
@@ -136,6 +134,37 @@ def stages(config: UnclipConfig, request: Request) -> list[str]:
   }
   upsamplers = [f'upsampler_{i}' for i in range(len(request.upsamplers))]
   return [name for name, runs in needed.items() if runs] + upsamplers
+
+
+def _check_effects(
+  config: UnclipConfig,
+  captions: Sequence[str],
+  samplings: Samplings,
+  num_candidates: Any,
+  given: Given,
+  negative_prompt: Any,
+) -> None:
+  """Raises UnclipError where something is asked of a stage that does not run."""
+  asked_prior = {
+    'settings of the prior': samplings.prior != Sampling(),
+    'a number of candidates': num_candidates is not None,
+  }
+  why = None
+  if config.prior is None:
+    why = 'this model has no prior'
+  elif given.z_i is not None and negative_prompt is None:
+    why = 'z_i is given: the prior does not run'
+  for what, asked in asked_prior.items():
+    if asked and why is not None:
+      raise UnclipError(f'{what}: without effect, as {why}')
+  if samplings.upsampler != Sampling() and not config.upsamplers:
+    raise UnclipError('settings of upsamplers: without effect, as this model has none')
+  decoder = config.decoder
+  reads_nothing = isinstance(decoder, KandinskyDecoderConfig) and decoder.text_width is None
+  if given.z_i is not None and reads_nothing and any(caption.strip() for caption in captions):
+    raise UnclipError(
+      'a caption is without effect where z_i is given, as this decoder reads none: leave it empty'
+    )
 
 
 def _resolve(config: UnclipConfig, asked: Samplings) -> tuple[Any, Any, tuple[Any, ...]]:
@@ -243,6 +272,11 @@ def _check_known(given: Given, n: int) -> tuple[np.ndarray, np.ndarray]:
   if mask.dtype != bool or mask.ndim != 3 or mask.shape[0] not in (1, n) or 0 in mask.shape:
     raise UnclipError(
       f'mask must be of booleans [{n} or 1, h, w], not {mask.dtype} {list(mask.shape)}'
+    )
+  if mask.shape[1:] != image.shape[1:3]:
+    raise UnclipError(
+      f'mask is of {list(mask.shape[1:])} pixels and image of {list(image.shape[1:3])}: they must '
+      'be of one size'
     )
   if image.dtype == np.uint8:
     image = image / np.float32(127.5) - 1

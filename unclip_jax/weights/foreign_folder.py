@@ -34,8 +34,10 @@ _ENDINGS = (
 class Components(dict[str, epath.Path]):
   """The folders of a pipeline's components, by their names."""
 
+  where = 'the model'
+
   def __missing__(self, name: str) -> epath.Path:
-    raise UnclipError(f'the model has no component {name!r}: copy or download it again')
+    raise UnclipError(f'{self.where} has no component {name!r}: copy or download it again')
 
 
 def read_components(folder: epath.Path) -> tuple[str, Components]:
@@ -50,6 +52,7 @@ def read_components(folder: epath.Path) -> tuple[str, Components]:
   if not isinstance(name, str):
     raise UnclipError(f'{path} has no _class_name: it is no pipeline of diffusers')
   components = Components()
+  components.where = str(path)
   for component, entry in values.items():
     if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str):
       if '/' in component or '\\' in component or component.startswith('.'):

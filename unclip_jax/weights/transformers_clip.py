@@ -32,7 +32,7 @@ IGNORED = ('embeddings.position_ids',)  # a counter, in files of transformers be
 MAX_LOG_SCALE = math.log(100)  # what OpenAI's models are clipped at (section 2.5 of Radford et al.)
 # Without an effect on what the towers compute.
 _IGNORED_FIELDS = (
-  'architectures', 'model_type', 'torch_dtype', 'dtype', 'transformers_version',
+  'architectures', 'torch_dtype', 'dtype', 'transformers_version',
   'attention_dropout', 'dropout', 'initializer_factor', 'initializer_range',
   'bos_token_id', 'eos_token_id', 'pad_token_id',
 )  # fmt: skip
@@ -275,6 +275,7 @@ def _read_tower(fields: Fields, width: int, num_heads: int) -> dict[str, Any]:
 
 
 def _finish(fields: Fields) -> None:
+  fields.choose('model_type', dict.fromkeys((None, 'clip', 'clip_text_model', 'clip_vision_model')))
   fields.ignore(_IGNORED_FIELDS)
   fields.ignore(PRETRAINED_FIELDS)
   fields.done()
