@@ -66,6 +66,19 @@ CASES = {
       'sample_max_value': 1.5,
     },
   ),
+  # null is a threshold without a bound, not the default.
+  'kandinsky, threshold without a bound': (
+    DDPM,
+    {
+      'beta_start': 0.00085,
+      'beta_end': 0.012,
+      'variance_type': 'learned_range',
+      'clip_sample_range': 2.0,
+      'thresholding': True,
+      'dynamic_thresholding_ratio': 0.9,
+      'sample_max_value': None,
+    },
+  ),
   'ddim': (DDIM, {}),
   'stable diffusion': (
     DDIM,

@@ -153,9 +153,6 @@ def write_scheduler(
     'diffusion.keep_eps is false: there ddim keeps eps where x_0 is bounded': (
       is_ddpm or diffusion.keep_eps or not is_bounded
     ),
-    'diffusion.dynamic_threshold is set without a threshold_max': (
-      diffusion.dynamic_threshold is None or diffusion.threshold_max is not None
-    ),
   }
   for what, fits in needed.items():
     if not fits:
@@ -275,7 +272,10 @@ def _write_schedule(name: str, diffusion: DiffusionConfig) -> dict[str, Any]:
 def _read_bounds(fields: Fields, can_clip: bool) -> dict[str, Any]:
   """What bounds x_0, if anything: fields of a `DiffusionConfig`."""
   clips, limit = fields.take('clip_sample', True), fields.take('clip_sample_range', 1.0)
-  thresholds, most = fields.take('thresholding', False), fields.take('sample_max_value', 1.0)
+  thresholds, most = (
+    fields.take('thresholding', False),
+    fields.take_or_none('sample_max_value', 1.0),
+  )
   percentile = 100 * fields.take('dynamic_thresholding_ratio', 0.995)
   if thresholds and most == 1:  # divided by 1, whatever the percentile
     return {'clip_x_0': 1.0}

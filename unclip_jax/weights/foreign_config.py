@@ -81,6 +81,16 @@ class Fields:
       raise UnclipError(f'{self.where}: {name} is {value!r}, not of type {kind.__name__}')
     return kind(value)
 
+  def take_or_none(self, name: str, default: T) -> T | None:
+    """As `take`, for a field where null is not how the default is written.
+
+    Raises:
+      UnclipError: it is of another type.
+    """
+    if name in self._left and self._left[name] is None:
+      return self._left.pop(name)
+    return self.take(name, default)
+
   def take_numbers(self, name: str, default: Sequence[float] | None = None) -> tuple[Any, ...]:
     """A field that is a list of numbers.
 
