@@ -302,7 +302,6 @@ def test_bad_fields_are_named(name, field, value, tmp_path):
   [
     ('ddim', 0, {'keep_eps': False}, 'decoder.diffusion.keep_eps'),
     ('ddim', 0, {'learned_variance': True}, 'decoder.diffusion.learned_variance'),
-    ('ddim', 0, {'dynamic_threshold': 99.0}, 'decoder.diffusion.dynamic_threshold'),
     ('ddim', 0, {'schedule': 'laplace'}, 'decoder.diffusion.schedule'),
     ('ddim', 1, {'spacing': 'karlo'}, 'decoder.sampling.spacing'),
     ('ddim', 1, {'sampler': 'euler'}, 'decoder.sampling.sampler'),
