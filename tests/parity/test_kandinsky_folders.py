@@ -219,7 +219,7 @@ def test_files_that_are_missing_or_damaged_are_named(copy):
 def test_components_that_are_missing_are_named(folder, kind, name):
   components = open_components_of(folder[0].parent / kind)
   del components[name]
-  with pytest.raises(UnclipError, match=f'the model has no component {name!r}'):
+  with pytest.raises(UnclipError, match=f'has no component {name!r}'):
     kandinsky.read_config(components)
 
 
