@@ -101,4 +101,6 @@ def _find_prior(folder: epath.Path, family: ModuleType) -> Components:
 
 
 def _renamed(found: Components, names: dict[str, str]) -> Components:
-  return Components({ours: found[theirs] for ours, theirs in names.items() if theirs in found})
+  result = Components({ours: found[theirs] for ours, theirs in names.items() if theirs in found})
+  result.where = found.where
+  return result
