@@ -41,10 +41,8 @@ def stable_unclip(request, tmp_path_factory):
   )
 
 
-def only(stable_unclip, kind):
-  if stable_unclip[0] != kind:
-    pytest.skip(f'of the kind {kind}')
-  return stable_unclip[1:]
+OF_CAPTIONS = pytest.mark.parametrize('stable_unclip', ['l'], indirect=True)
+OF_PICTURES = pytest.mark.parametrize('stable_unclip', ['h'], indirect=True)
 
 
 def noise_of_z_i(samples, seed):
@@ -62,9 +60,10 @@ def with_float64_tables(scheduler, schedule):
   scheduler.betas = 1 - scheduler.alphas
 
 
+@OF_CAPTIONS
 @pytest.mark.parametrize('noise_level', [0, 700])
 def test_pictures_of_captions_are_those_of_diffusers(stable_unclip, noise_level, monkeypatch):
-  folder, pipeline, _ = only(stable_unclip, 'l')
+  _, folder, pipeline, _ = stable_unclip
   model = unclip_jax.load(folder)
   prior = Sampling(num_steps=PRIOR_STEPS)
   samples = model.sample(
@@ -97,9 +96,10 @@ def test_pictures_of_captions_are_those_of_diffusers(stable_unclip, noise_level,
   assert worst < 2 / 255
 
 
+@OF_PICTURES
 @pytest.mark.parametrize('negative', [None, 'the red'])
 def test_variations_of_a_picture_are_those_of_diffusers(stable_unclip, negative, monkeypatch):
-  folder, pipeline, parts = only(stable_unclip, 'h')
+  _, folder, pipeline, parts = stable_unclip
   model = unclip_jax.load(folder)
   assert 'prior' not in model.params and model.tokenizer is None
   image = np.random.default_rng(0).uniform(-1, 1, size=(2, 20, 20, 3)).astype('f')
@@ -135,9 +135,8 @@ def test_variations_of_a_picture_are_those_of_diffusers(stable_unclip, negative,
   assert np.abs(samples.images / 255 - images).max() < 2 / 255
 
 
-def test_the_prior_of_karlo_is_taken(stable_unclip, tmp_path):
+def test_the_prior_of_karlo_is_taken(tmp_path):
   """Public Stable unCLIP of ViT-L/14 comes without a prior, and Karlo's is of the same CLIP."""
-  only(stable_unclip, 'l')
   karlo_twin.make_pipelines(tmp_path / 'karlo', embed_dim=24)
   _, parts = stable_unclip_twin.make_pipelines(tmp_path, 'l')
   own = {k: v for k, v in parts.items() if not k.startswith('prior')}
