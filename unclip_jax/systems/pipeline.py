@@ -27,6 +27,7 @@ from unclip_jax.systems.samples import (
   Trajectories,
   check_finite,
 )
+from unclip_jax.systems.settings import StageSettings
 from unclip_jax.types import Array, Params
 
 Report = Callable[[str, Literal['preparing', 'sampling', 'done']], None]
@@ -213,11 +214,7 @@ class _Run:
       settings.guidance_scale,
       settings.eta,
       x_start,
-      config=config,
-      sampler=settings.sampler,
-      variance=settings.variance,
-      with_trajectory=self.request.with_trajectories,
-      dtype=self.dtype,
+      **self._static(config, settings),
     )
     self.report('decoder', 'sampling')
     return self._finish('decoder', drawn), x_start
@@ -251,11 +248,7 @@ class _Run:
       settings.plan,
       settings.eta,
       x_start,
-      config=config,
-      sampler=settings.sampler,
-      variance=settings.variance,
-      with_trajectory=self.request.with_trajectories,
-      dtype=self.dtype,
+      **self._static(config, settings),
     )
     self.report(name, 'sampling')
     return self._finish(name, drawn), x_start
@@ -287,13 +280,19 @@ class _Run:
       guidance_scale,
       settings.eta,
       x_start,
-      config=config,
-      sampler=settings.sampler,
-      variance=settings.variance,
-      with_trajectory=self.request.with_trajectories,
-      dtype=self.dtype,
+      **self._static(config, settings),
     )
     return drawn, x_start
+
+  def _static(self, config: Any, settings: StageSettings) -> dict[str, Any]:
+    """What makes the program of a sampled stage another one."""
+    return {
+      'config': config,
+      'sampler': settings.sampler,
+      'variance': settings.variance,
+      'with_trajectory': self.request.with_trajectories,
+      'dtype': self.dtype,
+    }
 
   def _with_known(self, prompt: Prompt, stage: int) -> Prompt:
     """With the picture that is to be completed, at the size of a stage."""
