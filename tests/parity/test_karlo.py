@@ -1,5 +1,7 @@
 """Karlo's folders, opened: from caption to picture what diffusers makes of the same noise."""
 
+import shutil
+
 import diffusers
 import karlo_twin
 import loop_noise
@@ -124,6 +126,16 @@ def test_what_is_written_for_diffusers_is_what_was_read(karlo, tmp_path):
       k: v for k, v in theirs.items() if k[0] != '_'
     }
   assert pipeline.tokenizer(PROMPTS).input_ids == karlo[1].tokenizer(PROMPTS).input_ids
+
+
+def test_both_pipelines_open_what_is_written_of_a_model_that_has_all(karlo, tmp_path):
+  folder, *_ = karlo
+  shutil.copytree(folder / 'text', tmp_path / 'all')
+  for name in ('image_encoder', 'feature_extractor'):
+    shutil.copytree(folder / 'variation' / name, tmp_path / 'all' / name)
+  convert(tmp_path / 'all', tmp_path / 'both', 'diffusers')
+  for name in ('UnCLIPPipeline', 'UnCLIPImageVariationPipeline'):
+    getattr(diffusers, name).from_pretrained(tmp_path / 'both')
 
 
 def test_a_model_of_ours_runs_in_diffusers(tmp_path, monkeypatch):

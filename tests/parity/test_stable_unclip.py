@@ -250,8 +250,8 @@ def test_a_folder_with_both_pipelines_keeps_all_components(opened, tmp_path):
   towers = jax.tree.map(lambda x: jnp.ones(x.shape), loading.expected_params(both)['clip'])
   write_folder(tmp_path, both, {**params, 'clip': towers}, ())
   name, components = read_components(epath.Path(tmp_path))
-  assert name == family.TEXT_TO_IMAGE and 'image_encoder' not in components
-  components |= {name: epath.Path(tmp_path / name) for name in family.EXTRA}
+  # Both are named, as the pipeline for variations opens no folder whose index leaves its parts out.
+  assert name == family.TEXT_TO_IMAGE and components.keys() >= set(family.EXTRA)
   assert family.read_config(components) == both
   # Without the prior it is the pipeline for variations, and the text tower stays where it is.
   written = family.write_configs(dataclasses.replace(both, prior=None), 'CLIPTokenizer', END_ID)

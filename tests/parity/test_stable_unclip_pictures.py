@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import diffusers
 import jax
 import karlo_twin
 import loop_noise
@@ -155,6 +156,9 @@ def test_the_prior_of_karlo_is_taken(tmp_path):
     z_i = [m.sample(prompt, decoder=Sampling(num_steps=1)).z_i for m in (model, alone)]
     np.testing.assert_allclose(*z_i, rtol=1e-5, atol=1e-5)
   assert model.config.clip.vision is not None and model.config.clip.text is not None
+  convert(tmp_path / 'own', tmp_path / 'both', 'diffusers', prior=tmp_path / 'karlo' / 'text')
+  for name in ('StableUnCLIPPipeline', 'StableUnCLIPImg2ImgPipeline'):
+    getattr(diffusers, name).from_pretrained(tmp_path / 'both')
 
 
 def test_what_is_written_for_diffusers_is_what_was_read(stable_unclip, tmp_path):

@@ -153,15 +153,13 @@ def write_configs(
   result |= {f'{name}/{SCHEDULER_CONFIG_NAME}': values for name, values in schedulers.items()}
   index: dict[str, Any] = {'_class_name': VARIATION if config.prior is None else TEXT_TO_IMAGE}
   for name, values in {**files, **schedulers}.items():
-    if name == 'image_encoder' and config.prior is not None:
-      continue
     if '_class_name' in values:
       library = _TEXT_PROJ_MODULE if name == 'text_proj' else 'diffusers'
       index[name] = [library, values['_class_name']]
     else:
       index[name] = ['transformers', values['architectures'][0]]
   index['tokenizer'] = ['transformers', tokenizer_class]
-  if config.prior is None:
+  if clip.vision is not None:
     index['feature_extractor'] = ['transformers', 'CLIPImageProcessor']
   return {**result, **others, INDEX_NAME: index}
 

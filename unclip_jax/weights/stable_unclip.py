@@ -157,14 +157,16 @@ def write_configs(
     files['image_encoder'] = transformers_clip.write_vision_config(clip)
     path = f'feature_extractor/{PREPROCESSOR_NAME}'
     others[path] = write_preprocessor_config(clip)
-  left_out = _OF_PRIOR if prior is None else _OF_PICTURES
-  entries = {
-    'prior_tokenizer': ['transformers', tokenizer_class],
+  index = {
     'tokenizer': ['transformers', decoder_tokenizer_class or tokenizer_class],
-    'feature_extractor': ['transformers', 'CLIPImageProcessor'],
     **{name: _index_entry(values) for name, values in {**files, **schedulers}.items()},
   }
-  index = {name: entry for name, entry in entries.items() if name not in left_out}
+  if prior is None:  # a text tower alone is of neither pipeline
+    index = {name: entry for name, entry in index.items() if name not in _OF_PRIOR}
+  else:
+    index['prior_tokenizer'] = ['transformers', tokenizer_class]
+  if clip.vision is not None:
+    index['feature_extractor'] = ['transformers', 'CLIPImageProcessor']
   return {
     **{f'{name}/{CONFIG_NAME}': values for name, values in files.items()},
     **{f'{name}/{SCHEDULER_CONFIG_NAME}': values for name, values in schedulers.items()},
