@@ -21,7 +21,20 @@ def attend(q_btnh: Array, k_bsnh: Array, v_bsnh: Array, mask: Array | None = Non
   if mask is not None:
     b, t, n, _ = q_btnh.shape
     mask = jnp.broadcast_to(mask, (b, mask.shape[1] if mask.shape[1] == n else 1, t, mask.shape[3]))
+  operands = (q_btnh, k_bsnh, v_bsnh, mask)
+  if q_btnh.dtype != jnp.float16:
+    return _attend(*operands)
+  # Logits of float16 are summed in float32 by a product that only GPUs have.
+  return jax.lax.platform_dependent(*operands, cuda=_attend, rocm=_attend, default=_in_float32)
+
+
+def _attend(q_btnh: Array, k_bsnh: Array, v_bsnh: Array, mask: Array | None) -> Array:
   return jax.nn.dot_product_attention(q_btnh, k_bsnh, v_bsnh, mask=mask)
+
+
+def _in_float32(q_btnh: Array, k_bsnh: Array, v_bsnh: Array, mask: Array | None) -> Array:
+  q, k, v = (x.astype(jnp.float32) for x in (q_btnh, k_bsnh, v_bsnh))
+  return _attend(q, k, v, mask).astype(q_btnh.dtype)
 
 
 def causal_mask(t: int, s: int) -> Array:

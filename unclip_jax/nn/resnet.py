@@ -5,6 +5,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from unclip_jax.nn.convolution import Conv3x3
 from unclip_jax.nn.layers import GroupNorm, downsample_mean, upsample_nearest, zeros
 from unclip_jax.types import Array
 
@@ -31,7 +32,7 @@ class ResBlock(nn.Module):
       x, h = upsample_nearest(x), upsample_nearest(h)
     elif self.resample == 'down':
       x, h = downsample_mean(x), downsample_mean(h)
-    h = nn.Conv(self.channels, (3, 3), dtype=self.dtype, name='conv_in')(h)
+    h = Conv3x3(self.channels, dtype=self.dtype, name='conv_in')(h, deterministic)
     emb_width = 2 * self.channels if self.scale_shift else self.channels
     emb = nn.Dense(emb_width, dtype=self.dtype, name='emb_proj')(emb)[:, None, None, :]
     if self.scale_shift:
@@ -40,7 +41,8 @@ class ResBlock(nn.Module):
     else:
       h = GroupNorm(self.num_groups, dtype=self.dtype, name='norm_out')(h + emb)
     h = nn.Dropout(self.dropout)(nn.silu(h), deterministic=deterministic)
-    h = nn.Conv(self.channels, (3, 3), kernel_init=zeros, dtype=self.dtype, name='conv_out')(h)
+    conv_out = Conv3x3(self.channels, zeros, self.dtype, name='conv_out')
+    h = conv_out(h, deterministic)
     if x.shape[-1] != self.channels:
       x = nn.Conv(self.channels, (1, 1), dtype=self.dtype, name='skip')(x)
     return x + h
