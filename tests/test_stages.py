@@ -273,7 +273,9 @@ def test_dynamic_threshold_bounds_x_0_in_place_of_the_clip():
 
   def predict(**bounds):
     diffusion = dataclasses.replace(CONFIG.prior.diffusion, prediction='x_0', **bounds)
-    denoise_fn = common.make_denoise_fn(lambda x, emb: x_0, jnp.zeros((3, 1)), diffusion, None)
+    denoise_fn = common.make_denoise_fn(
+      lambda x, emb, given: x_0, None, jnp.zeros((3, 1)), diffusion, None
+    )
     return np.asarray(denoise_fn(normal(2, 4, 4, 3, seed=1), step).x_0)
 
   np.testing.assert_allclose(predict(), x_0, atol=1e-6)

@@ -98,13 +98,15 @@ class SamplingConfig:
   """How a stage is sampled unless the caller asks otherwise."""
 
   num_steps: int
-  sampler: str = 'ddpm'  # or 'ddim'
-  spacing: str = 'strided'  # or 'karlo', 'fast27', 'leading', 'trailing'
+  sampler: str = 'ddpm'  # or another of stages.common.SAMPLERS: 'ddim', 'dpmpp_2m', 'unipc', ...
+  spacing: str = 'strided'  # or another of stages.common.SPACINGS: 'karlo', 'trailing', ...
   variance: str = 'fixed_small'  # of ddpm: or 'fixed_large', 'learned'
-  eta: float = 0.0  # of ddim
+  eta: float = 0.0  # of ddim and analytic
   offset: int = 0  # of leading: added to each timestep
   to_x_0: bool = True  # whether the last step ends without noise; else at that of timestep 0
   guidance_scale: float = 1.0
+  guidance_rescale: float = 0.0  # the share of the contrast that guidance adds which is taken back
+  guidance_interval: tuple[float, float] | None = None  # in shares of the schedule; None: all
 
 
 @dataclasses.dataclass(frozen=True)

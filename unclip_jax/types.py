@@ -36,6 +36,8 @@ class Step(NamedTuple):
     log_var_max: float32, log of beta of this transition, its upper bound.
     sigma: float32, DDIM's noise at eta = 1; 0 where x_s is x_0 and on the way up.
     direction: float32, DDIM's weight of eps at eta = 1, sqrt(noise_var_next - sigma^2).
+    eps_power: float32, the mean square of the noise that the network predicts at x_t, at most 1;
+      1 where it was not measured.
   """
 
   index: Array
@@ -50,6 +52,7 @@ class Step(NamedTuple):
   log_var_max: Array
   sigma: Array
   direction: Array
+  eps_power: Array
 
 
 class Prediction(NamedTuple):

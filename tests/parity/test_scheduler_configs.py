@@ -109,9 +109,13 @@ CASES = {
   ),
 }
 SOLVERS = {
-  'PNDMScheduler': {**STABLE_DIFFUSION, 'steps_offset': 1, 'skip_prk_steps': True},
+  'PNDMScheduler': {**STABLE_DIFFUSION, 'steps_offset': 1},
   'DEISMultistepScheduler': {},
-  'DPMSolverMultistepScheduler': {**STABLE_DIFFUSION, 'timestep_spacing': 'leading'},
+  'DPMSolverMultistepScheduler': {
+    **STABLE_DIFFUSION,
+    'timestep_spacing': 'leading',
+    'use_karras_sigmas': True,
+  },
   'DPMSolverSinglestepScheduler': COSINE,
   'EulerAncestralDiscreteScheduler': {'timestep_spacing': 'trailing'},
   'EulerDiscreteScheduler': {'prediction_type': 'v_prediction', 'use_karras_sigmas': True},
@@ -119,7 +123,7 @@ SOLVERS = {
   'KDPM2AncestralDiscreteScheduler': {},
   'KDPM2DiscreteScheduler': {},
   'LMSDiscreteScheduler': STABLE_DIFFUSION,
-  'UniPCMultistepScheduler': {},
+  'UniPCMultistepScheduler': {'solver_order': 3},
 }
 ALL_CASES = pytest.mark.parametrize('case', CASES)
 
@@ -164,11 +168,11 @@ def run_ours(diffusion, sampling, eta, key_b, x_start):
   plan = common.make_plan(diffusion, sampling)
   channels = 2 if diffusion.learned_variance else 1
 
-  def evaluate(x, t_b):
+  def evaluate(x, t_b, _):
     return network(x, t_b[:, :, None, None], channels, jnp)
 
   times = jnp.asarray(plan.t, jnp.float32)[:, None]
-  denoise_fn = common.make_denoise_fn(evaluate, times, diffusion, None)
+  denoise_fn = common.make_denoise_fn(evaluate, None, times, diffusion, None)
   sampler = common.make_sampler(sampling.sampler, sampling.variance, eta)
   return samplers.sample_loop(denoise_fn, sampler, plan, x_start, key_b)
 

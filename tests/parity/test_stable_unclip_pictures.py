@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import diffusers
 import jax
@@ -101,6 +102,33 @@ def test_pictures_of_captions_are_those_of_diffusers(stable_unclip, noise_level,
 @pytest.mark.parametrize('negative', [None, 'the red'])
 def test_variations_of_a_picture_are_those_of_diffusers(stable_unclip, negative, monkeypatch):
   _, folder, pipeline, parts = stable_unclip
+  compare_variations(folder, pipeline, parts, negative, monkeypatch)
+
+
+@OF_PICTURES
+@pytest.mark.parametrize(
+  ('cls', 'options'),
+  [
+    (
+      diffusers.PNDMScheduler,
+      {'skip_prk_steps': True, 'steps_offset': 1, 'timestep_spacing': 'leading'},
+    ),
+    (diffusers.DPMSolverMultistepScheduler, {}),
+    (diffusers.UniPCMultistepScheduler, {}),
+  ],
+)
+@pytest.mark.filterwarnings('ignore:__array__ implementation')  # how diffusers makes arrays
+def test_variations_by_other_solvers_are_those_of_diffusers(
+  stable_unclip, cls, options, monkeypatch, tmp_path
+):
+  _, folder, pipeline, parts = stable_unclip
+  shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+  monkeypatch.setattr(pipeline, 'scheduler', cls.from_config(pipeline.scheduler.config, **options))
+  pipeline.scheduler.save_config(tmp_path / 'scheduler')
+  compare_variations(tmp_path, pipeline, parts, None, monkeypatch)
+
+
+def compare_variations(folder, pipeline, parts, negative, monkeypatch):
   model = unclip_jax.load(folder)
   assert 'prior' not in model.params and model.tokenizer is None
   image = np.random.default_rng(0).uniform(-1, 1, size=(2, 20, 20, 3)).astype('f')

@@ -6,13 +6,28 @@ concatenated halves would make devices exchange data when the batch is sharded.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from unclip_jax.diffusion.gaussian import per_sample
 from unclip_jax.types import Array, UnclipError
+
+
+class Guidance(NamedTuple):
+  """How a sampling loop is guided.
+
+  Attributes:
+    scale: a scalar or [b]; 1.0 is conditional only.
+    rescale: a scalar, the share of the conditional half's contrast that is given back; None: 0.
+    is_on: bool [n], the rows of the plan that are guided, the rest being conditional at half the
+      cost (Kynkäänniemi et al. 2024, arXiv 2404.07724); None: all.
+  """
+
+  scale: Array
+  rescale: Array | None = None
+  is_on: Array | None = None
 
 
 def interleave(cond: Any, uncond: Any) -> Any:
@@ -32,7 +47,12 @@ def interleave(cond: Any, uncond: Any) -> Any:
   return jax.tree.map(pair, cond, uncond)
 
 
-def guide(output_2b: Array, scale: Array | float, learned_variance: bool = False) -> Array:
+def guide(
+  output_2b: Array,
+  scale: Array | float,
+  learned_variance: bool = False,
+  rescale: Array | float | None = None,
+) -> Array:
   """uncond + scale * (cond - uncond) on the prediction channels; the variance is cond's.
 
   Args:
@@ -40,18 +60,24 @@ def guide(output_2b: Array, scale: Array | float, learned_variance: bool = False
       interleaved batch, any float type.
     scale: guidance scale, a number or [b], traced or not; 1.0 is conditional only.
     learned_variance: whether the second half of the channels is a variance.
+    rescale: phi of Lin et al. 2024 (arXiv 2305.08891, eq. 15 and 16): the share of a guided sample
+      that has the standard deviation of the conditional one; None is 0.
 
   Returns:
     float32 [b, ..., c or 2 c].
   """
   pairs = output_2b.astype(jnp.float32).reshape(-1, 2, *output_2b.shape[1:])
   cond, uncond = pairs[:, 0], pairs[:, 1]
-  if not learned_variance:
-    return uncond + per_sample(scale, cond) * (cond - uncond)
-  cond, variance = jnp.split(cond, 2, axis=-1)
-  uncond, _ = jnp.split(uncond, 2, axis=-1)
+  variance = None
+  if learned_variance:
+    cond, variance = jnp.split(cond, 2, axis=-1)
+    uncond, _ = jnp.split(uncond, 2, axis=-1)
   guided = uncond + per_sample(scale, cond) * (cond - uncond)
-  return jnp.concatenate([guided, variance], axis=-1)
+  if rescale is not None:
+    axes = tuple(range(1, cond.ndim))
+    factor = cond.std(axis=axes) / guided.std(axis=axes)
+    guided = guided * per_sample(1 + rescale * (factor - 1), guided)
+  return guided if variance is None else jnp.concatenate([guided, variance], axis=-1)
 
 
 def clip_x_0(limit: float | Array = 1.0) -> Callable[[Array], Array]:

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from unclip_jax.diffusion.gaussian import per_sample, posterior_mean
+from unclip_jax.diffusion.gaussian import per_sample, posterior_mean, signal_and_noise
 from unclip_jax.types import Array, DenoiseFn, Prediction, Step, UnclipError
 
 State = Any
@@ -123,6 +123,41 @@ def ddim(eta: float | Array = 0.0) -> Sampler:
   return Sampler(lambda x_start: (), step_fn)
 
 
+def analytic(eta: float | Array = 1.0) -> Sampler:
+  """Analytic-DPM (Bao et al. 2022, theorem 1): the best variance that noise alike everywhere has.
+
+  What x_t leaves unknown of eps has the variance 1 - E[eps_pred^2] (`Step.eps_power`, measured once
+  for a model), so that of x_0 is (1 - alpha_bar) / alpha_bar times as much, and at most 1, as data
+  is within [-1, 1] or standardised (theorem 2). It adds to DDIM's through the weight of x_0 in x_s.
+
+  Args:
+    eta: 1 is Analytic-DDPM, 0 Analytic-DDIM; a number or [b], may be traced.
+
+  Raises:
+    UnclipError: a number that is not within [0, 1].
+  """
+  mean = ddim(eta)
+
+  def step_fn(key_b, x_t, prediction, step, state):
+    eta_b, sigma = per_sample(eta, x_t), per_sample(step.sigma, x_t)
+    known = (1 - eta_b**2) * sigma**2
+    direction = jnp.sqrt(per_sample(step.direction, x_t) ** 2 + known)
+    signal, noise = signal_and_noise(step, x_t)
+    noise = jnp.where(noise > 0, noise, 1.0)
+    weight = jnp.sqrt(per_sample(step.alpha_bar_next, x_t)) - direction * signal / noise
+    x_0_var = (noise / signal) ** 2 * (1 - per_sample(step.eps_power, x_t))
+    unknown = weight**2 * jnp.minimum(x_0_var, 1.0)
+    down = per_sample(step.alpha_bar_next > step.alpha_bar, x_t)
+    unknown = unknown * down * (per_sample(step.noise_var_next, x_t) > 0)
+    # ddim adds eta sigma of this noise: what is added here makes up the whole.
+    variance = (eta_b * sigma) ** 2
+    more = jnp.sqrt(variance + unknown) - jnp.sqrt(variance)
+    x_s, state = mean.step(key_b, x_t, prediction, step, state)
+    return x_s + more * step_noise(key_b, step, x_t.shape[1:]), state
+
+  return Sampler(lambda x_start: (), step_fn)
+
+
 def sample_loop(
   denoise_fn: DenoiseFn,
   sampler: Sampler,
@@ -138,7 +173,7 @@ def sample_loop(
 
   Args:
     denoise_fn: (x_t [b, ...], step of scalars) -> Prediction.
-    sampler: `ddpm(...)` or `ddim(...)`.
+    sampler: `ddpm(...)`, `ddim(...)`, one of `solvers`.
     plan: Step of arrays [n], from make_plan.
     x_start: [b, ...], at the signal power where the plan begins.
     key_b: typed keys [b].

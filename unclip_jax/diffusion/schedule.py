@@ -17,6 +17,7 @@ from unclip_jax.types import Array, Step, UnclipError
 # GLIDE's sections for 27 DDIM steps: dense near x_0, sparse near x_T (glide-text2im, respace.py).
 FAST27_SECTIONS = (10, 10, 3, 2, 2)
 FAST27_STEPS = sum(FAST27_SECTIONS)
+_LEAST_VAR = 1e-30
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -76,7 +77,11 @@ def _rows(t: np.ndarray, alpha_bar: np.ndarray, alpha_bar_next: np.ndarray) -> S
   posterior_var = np.where(up, 0.0, beta * noise_var_next / divisor)
   # On the way down this is noise_var_next - posterior_var, without its cancellation.
   direction = np.where(up, np.sqrt(noise_var_next), mean_x_t * np.sqrt(noise_var))
-  log_var_min = np.log(np.where(posterior_var > 0, posterior_var, beta))
+  # A row that stays where it is has no variance, but a finite log.
+  log_var_max = np.log(np.maximum(beta, _LEAST_VAR))
+  log_var_min = np.where(
+    posterior_var > 0, np.log(np.maximum(posterior_var, _LEAST_VAR)), log_var_max
+  )
   if noise_var_next[-1] == 0 and len(t) > 1 and not up[-2]:
     # The last posterior variance is 0, its log -inf: Improved DDPM takes the one before.
     log_var_min[-1] = log_var_min[-2]
@@ -88,9 +93,10 @@ def _rows(t: np.ndarray, alpha_bar: np.ndarray, alpha_bar_next: np.ndarray) -> S
     'mean_x_0': mean_x_0,
     'mean_x_t': mean_x_t,
     'log_var_min': log_var_min,
-    'log_var_max': np.log(beta),
+    'log_var_max': log_var_max,
     'sigma': np.sqrt(posterior_var),
     'direction': direction,
+    'eps_power': np.ones_like(alpha_bar),
   }
   return Step(
     index=np.arange(len(t), dtype=np.int32),
@@ -209,6 +215,66 @@ def trailing_timesteps(total: int, n: int) -> np.ndarray:
   return np.round(total - np.arange(n) * (total / n)).astype(np.int64) - 1
 
 
+def log_snr_timesteps(schedule: Schedule, n: int) -> np.ndarray:
+  """n timesteps from T - 1 to 0, as evenly spaced in log-SNR as whole timesteps can be.
+
+  What DPM-Solver calls logSNR (Lu et al. 2022, section 5.1): dense at both ends of a cosine
+  schedule.
+
+  Raises:
+    UnclipError: n is below 1 or above T.
+  """
+  total = schedule.num_steps
+  n = _count(n, 'sampling steps', total)
+  log_snr = np.log(schedule.alpha_bar) - np.log1p(-schedule.alpha_bar)
+  wanted = np.linspace(log_snr[-1], log_snr[0], n)
+  timesteps = np.round(np.interp(wanted, log_snr[::-1], np.arange(total)[::-1])).astype(np.int64)
+  # No timestep twice: at the coarse end neighbours move apart, from either end inwards.
+  rank = np.arange(n)
+  timesteps = np.minimum.accumulate(timesteps + rank) - rank
+  return np.maximum(timesteps, n - 1 - rank)
+
+
+def linspace_timesteps(total: int, n: int) -> np.ndarray:
+  """n timesteps, the first of n + 1 evenly spaced from total - 1 to 0 (diffusers' solvers).
+
+  Raises:
+    UnclipError: n is below 1 or above total.
+  """
+  n = _count(n, 'sampling steps', total)
+  return np.round(np.linspace(0, total - 1, n + 1)).astype(np.int64)[:0:-1]
+
+
+def inner_timesteps(total: int, n: int, offset: int = 0) -> np.ndarray:
+  """n timesteps, multiples of total // (n + 1) but 0, plus an offset (diffusers' solvers).
+
+  Raises:
+    UnclipError: n is below 1 or not below total, or the offset leads out of the chain.
+  """
+  return leading_timesteps(total, _count(n, 'sampling steps', total - 1) + 1, offset)[:-1]
+
+
+def plms_timesteps(timesteps: np.ndarray) -> np.ndarray:
+  """Timesteps with the second one twice, if there is one: a plan for `solvers.plms`."""
+  return np.insert(timesteps, 1, timesteps[1:2])
+
+
+def with_eps_power(plan: Step, eps_power: np.ndarray) -> Step:
+  """A plan with what `samplers.analytic` needs to know, for each timestep of the schedule [T].
+
+  Raises:
+    UnclipError: it is of another schedule, or not within [0, 1].
+  """
+  eps_power = np.asarray(eps_power, np.float32)
+  if eps_power.ndim != 1 or eps_power.size <= plan.t.max():
+    raise UnclipError(
+      f'statistics of {eps_power.shape} timesteps are not of a schedule that has {plan.t.max()}'
+    )
+  if not np.all((eps_power >= 0) & (eps_power <= 1)):
+    raise UnclipError('the mean square of predicted noise must lie within 0..1')
+  return plan._replace(eps_power=eps_power[plan.t])
+
+
 def fast27_timesteps(total: int) -> np.ndarray:
   """The 27 DDIM timesteps of GLIDE's upsampler, dense near x_0; int64 [27], descending.
 
@@ -231,6 +297,7 @@ def make_plan(
   timesteps: Sequence[int] | np.ndarray,
   from_x_0: bool = False,
   to_x_0: bool = True,
+  may_stay: bool = False,
 ) -> Step:
   """The transitions through `timesteps`, in the order given, with betas recomputed between them.
 
@@ -246,13 +313,14 @@ def make_plan(
     from_x_0: begin with the transition from x_0 to timesteps[0]. The network is given
       timesteps[0] there, the least noise that it knows on this path.
     to_x_0: end with the transition from timesteps[-1] to x_0.
+    may_stay: allow a timestep twice in a row, for a sampler that looks there again (`plms`).
 
   Returns:
     Step of numpy arrays [n]: n = len(timesteps) - 1 + from_x_0 + to_x_0.
 
   Raises:
     UnclipError: no timesteps or no transition, a timestep outside the schedule, or one twice in a
-      row.
+      row, unless it may be.
   """
   t = np.asarray(timesteps)
   if t.ndim != 1 or not t.size or not np.issubdtype(t.dtype, np.integer):
@@ -260,7 +328,7 @@ def make_plan(
   if t.min() < 0 or t.max() >= schedule.num_steps:
     culprit = t.min() if t.min() < 0 else t.max()
     raise UnclipError(f'timestep {culprit} is outside 0..{schedule.num_steps - 1} of the schedule')
-  if np.any(t[1:] == t[:-1]):
+  if not may_stay and np.any(t[1:] == t[:-1]):
     raise UnclipError(f'timestep {t[1:][t[1:] == t[:-1]][0]} stands twice in a row in a plan')
   if t.size == 1 and not (from_x_0 or to_x_0):
     raise UnclipError(f'a plan of timestep {t[0]} alone has no transition: set to_x_0')

@@ -15,6 +15,7 @@ from unclip_jax.configs import (
   StableUnclipDecoderConfig,
 )
 from unclip_jax.diffusion import guidance, losses, samplers
+from unclip_jax.diffusion.guidance import Guidance
 from unclip_jax.nn.clip import TextFeatures
 from unclip_jax.nn.decoder import DecoderNetwork
 from unclip_jax.nn.kandinsky import KandinskyDecoderNetwork
@@ -185,7 +186,7 @@ def sample(
   key_b: Array,
   plan: Step,
   sampler: samplers.Sampler,
-  guidance_scale: Array | None = None,
+  guidance_scale: Array | Guidance | None = None,
   x_start: Array | None = None,
   with_trajectory: bool = False,
   dtype: Any = jnp.float32,
@@ -203,7 +204,7 @@ def sample(
     key_b: typed keys [b].
     plan: of `common.make_plan`.
     sampler: of `common.make_sampler`.
-    guidance_scale: scalar or [b]; None draws without guidance at half the cost.
+    guidance_scale: scalar or [b], or a `Guidance`; None draws without guidance at half the cost.
     x_start: [b, image_size, image_size, c] the noise to start from; drawn from the keys if None.
     with_trajectory: whether to return what lay between.
     dtype: the network's.
@@ -224,7 +225,8 @@ def sample(
   conditioning = network.apply(variables, *cond, method='encode_conditioning')
   time_embs = network.apply(variables, plan.t, method='encode_time')
   denoise_fn = make_denoise_fn(
-    lambda x, emb: network.apply(variables, x, emb, conditioning),
+    lambda x, emb, given: network.apply(variables, x, emb, given),
+    conditioning,
     time_embs,
     config.diffusion,
     guidance_scale,

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from unclip_jax.configs import PriorConfig
 from unclip_jax.diffusion import guidance, losses, samplers
+from unclip_jax.diffusion.guidance import Guidance
 from unclip_jax.nn.clip import TextFeatures
 from unclip_jax.nn.layers import l2_normalize
 from unclip_jax.nn.prior import PriorNetwork
@@ -121,7 +122,7 @@ def sample(
   key_b: Array,
   plan: Step,
   sampler: samplers.Sampler,
-  guidance_scale: Array | None = None,
+  guidance_scale: Array | Guidance | None = None,
   x_start: Array | None = None,
   with_trajectory: bool = False,
   dtype: Any = jnp.float32,
@@ -140,7 +141,7 @@ def sample(
     key_b: typed keys [b * n].
     plan: of `common.make_plan`.
     sampler: of `common.make_sampler`.
-    guidance_scale: scalar or [b * n]; None draws without guidance at half the cost.
+    guidance_scale: scalar or [b * n], or a `Guidance`; None draws without at half the cost.
     x_start: [b * n, embed_dim] the noise to start from (standardised); drawn from the keys if None.
     with_trajectory: whether to return what lay between (standardised).
     dtype: the network's.
@@ -162,7 +163,8 @@ def sample(
     prefix = jax.tree.map(each, prefix)
   time_embs = network.apply(variables, plan.t, method='encode_time')
   denoise_fn = make_denoise_fn(
-    lambda x, emb: network.apply(variables, x, emb, prefix),
+    lambda x, emb, given: network.apply(variables, x, emb, given),
+    prefix,
     time_embs,
     config.diffusion,
     guidance_scale,

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from unclip_jax.configs import GlideDecoderConfig, GlideUpsamplerConfig
 from unclip_jax.diffusion import guidance, samplers
+from unclip_jax.diffusion.guidance import Guidance
 from unclip_jax.nn.clip import TextFeatures
 from unclip_jax.nn.glide import GlideNetwork
 from unclip_jax.stages.common import make_denoise_fn
@@ -77,7 +78,7 @@ def sample_base(
   key_b: Array,
   plan: Step,
   sampler: samplers.Sampler,
-  guidance_scale: Array | None = None,
+  guidance_scale: Array | Guidance | None = None,
   x_start: Array | None = None,
   with_trajectory: bool = False,
   dtype: Any = jnp.float32,
@@ -94,7 +95,7 @@ def sample_base(
     key_b: typed keys [b].
     plan: of `common.make_plan`.
     sampler: of `common.make_sampler`.
-    guidance_scale: scalar or [b]; None draws without guidance at half the cost.
+    guidance_scale: scalar or [b], or a `Guidance`; None draws without guidance at half the cost.
     x_start: [b, image_size, image_size, 3] the noise to start from; drawn from the keys if None.
     with_trajectory: whether to return what lay between.
     dtype: the network's.
@@ -196,7 +197,7 @@ def _make_denoise_fn(
   params: Params,
   cond: tuple[TextFeatures, Array | None],
   plan: Step,
-  guidance_scale: Array | None,
+  guidance_scale: Array | Guidance | None,
   edit_x_0: Callable[[Array], Array] | None,
   dtype: Any,
 ) -> DenoiseFn:
@@ -204,7 +205,8 @@ def _make_denoise_fn(
   network, variables = GlideNetwork(config, dtype), {'params': params}
   conditioning = network.apply(variables, *cond, method='encode_conditioning')
   return make_denoise_fn(
-    lambda x, emb: network.apply(variables, x, emb, conditioning),
+    lambda x, emb, given: network.apply(variables, x, emb, given),
+    conditioning,
     network.apply(variables, plan.t, method='encode_time'),
     config.diffusion,
     guidance_scale,

@@ -147,7 +147,8 @@ def sample(
     condition = network.apply(variables, low, method='encode_condition')
     time_embs = network.apply(variables, plan.t, method='encode_time')
     denoise_fn = make_denoise_fn(
-      lambda x_t, emb: network.apply(variables, x_t, emb, condition=condition),
+      lambda x_t, emb, given: network.apply(variables, x_t, emb, condition=given),
+      condition,
       time_embs,
       config.diffusion,
       None,

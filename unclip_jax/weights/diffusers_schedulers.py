@@ -1,13 +1,13 @@
 """Noise schedules and samplers as diffusers saves them: `scheduler_config.json`."""
 
 import warnings
-from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
 
 from unclip_jax.configs import DiffusionConfig, SamplingConfig
 from unclip_jax.types import UnclipError
+from unclip_jax.weights import diffusers_solvers as solvers
 from unclip_jax.weights.foreign_config import Fields, read_json
 from unclip_jax.weights.foreign_folder import SCHEDULER_CONFIG_NAME, read_component_config
 
@@ -28,46 +28,23 @@ _VARIANCE_NAMES = {
 }
 _SCHEDULES = {'linear': 'linear', 'scaled_linear': 'scaled_linear', 'squaredcos_cap_v2': 'cosine'}
 _SCHEDULE_NAMES = {ours: theirs for theirs, ours in _SCHEDULES.items()}
-_DDPM, _DDIM, _PNDM = 'DDPMScheduler', 'DDIMScheduler', 'PNDMScheduler'
+_DDPM, _DDIM = 'DDPMScheduler', 'DDIMScheduler'
 # 'linspace' is Karlo's spacing. diffusers' DDIM has it too, but steps to noise that is not of the
 # next timestep.
 _SPACINGS = {
   _DDPM: {'leading': 'leading', 'trailing': 'trailing', 'linspace': 'karlo'},
   _DDIM: {'leading': 'leading', 'trailing': 'trailing'},
 }
-# Solvers that are not here, with what they take for granted where DDIM does not.
-_OF_SIGMAS = {'timestep_spacing': 'linspace'}
-_OF_KARRAS = {**_OF_SIGMAS, 'beta_start': 8.5e-4, 'beta_end': 0.012}
-_SOLVERS: Mapping[str, Mapping[str, Any]] = {
-  _PNDM: {'set_alpha_to_one': False},
-  'DEISMultistepScheduler': _OF_SIGMAS,
-  'DPMSolverMultistepScheduler': _OF_SIGMAS,
-  'DPMSolverSinglestepScheduler': _OF_SIGMAS,
-  'EulerAncestralDiscreteScheduler': _OF_SIGMAS,
-  'EulerDiscreteScheduler': _OF_SIGMAS,
-  'HeunDiscreteScheduler': _OF_KARRAS,
-  'KDPM2AncestralDiscreteScheduler': _OF_KARRAS,
-  'KDPM2DiscreteScheduler': _OF_KARRAS,
-  'LMSDiscreteScheduler': _OF_SIGMAS,
-  'UniPCMultistepScheduler': _OF_SIGMAS,
-}
-# What stays in a file when a pipeline is given another scheduler, which then does not look at it.
-_OF_OTHERS = (
-  'algorithm_type', 'euler_at_final', 'final_sigmas_type', 'flow_shift', 'interpolation_type',
-  'lambda_min_clipped', 'lower_order_final', 'predict_x0', 'set_alpha_to_one', 'sigma_max',
-  'sigma_min', 'skip_prk_steps', 'solver_order', 'solver_type', 'time_shift_type', 'timestep_type',
-  'use_beta_sigmas', 'use_exponential_sigmas', 'use_karras_sigmas', 'variance_type',
-)  # fmt: skip
 
 
 def read_scheduler(
   folder: epath.Path, num_steps: int, guidance_scale: float
 ) -> tuple[DiffusionConfig, SamplingConfig]:
-  """A `DDPMScheduler` or `DDIMScheduler`, sampled in so many steps and guided so much.
+  """A scheduler of DDPM, DDIM, PLMS, DPM-Solver++ or UniPC, in so many steps and guided so much.
 
-  Other solvers of the same noise schedule are opened as DDIM without noise, with a UserWarning.
-  Their own fields have no meaning here. What they space evenly from end to end is 'trailing': DDIM
-  begins there at the same timestep.
+  Other solvers of the same noise schedule, and those in ways that are not here, are opened as DDIM
+  without noise, with a UserWarning. Their own fields have no meaning here. What they space evenly
+  from end to end is 'trailing' then: DDIM begins there at the same timestep.
 
   Two things are not as in diffusers. The last step never adds noise; with `DDPMScheduler` it does
   where the last timestep is above 0 and the variance is not small. And trailing strides lead from
@@ -84,11 +61,14 @@ def read_scheduler(
   path = folder / SCHEDULER_CONFIG_NAME
   values = read_json(path)
   name = values.get('_class_name', _DDIM)
-  known = (_DDPM, _DDIM, *_SOLVERS)
+  known = (_DDPM, _DDIM, *solvers.DEFAULTS)
   if name not in known:
     raise UnclipError(f'{path}: _class_name is {name!r}: only {", ".join(known)} can be opened')
-  is_solver, is_ddpm = name in _SOLVERS, name == _DDPM
-  fields = Fields({**_SOLVERS.get(name, {}), **values}, str(path))
+  is_ddpm = name == _DDPM
+  is_solver = name in solvers.DEFAULTS
+  values = {**solvers.DEFAULTS.get(name, {}), **values}
+  solver = solvers.find(name, values)
+  fields = Fields(values, str(path))
   bounds = _read_bounds(fields, can_clip=not is_solver)
   variance = 'fixed_small'
   if is_ddpm:
@@ -103,20 +83,22 @@ def read_scheduler(
   spacings = _SPACINGS[_DDPM if is_ddpm else _DDIM]
   if is_solver:
     spacings = {**spacings, 'linspace': 'trailing'}
+  if solver is not None:
+    spacings = solvers.SPACINGS[solver]
   spacing = fields.choose('timestep_spacing', spacings, 'leading')
   offset = fields.take('steps_offset', 0)
-  to_x_0 = fields.take('set_alpha_to_one', True) if name in (_DDIM, _PNDM) else True
-  fields.ignore(_OF_OTHERS)
-  if is_solver:
+  to_x_0 = fields.take('set_alpha_to_one', True) if name in (_DDIM, solvers.PNDM) else True
+  fields.ignore(solvers.LEFTOVERS)
+  if is_solver and solver is None:
     warnings.warn(f'{path}: {name} is not here, ddim without noise takes its place', stacklevel=2)
-  else:
+  elif not is_solver:
     fields.done()
   sampling = SamplingConfig(
     num_steps=num_steps,
-    sampler='ddpm' if is_ddpm else 'ddim',
+    sampler='ddpm' if is_ddpm else solver or 'ddim',
     spacing=spacing,
     variance=variance,
-    offset=offset if spacing == 'leading' else 0,
+    offset=offset if spacing in ('leading', 'inner') else 0,
     to_x_0=to_x_0,
     guidance_scale=guidance_scale,
   )
@@ -136,23 +118,31 @@ def write_scheduler(
   Raises:
     UnclipError: there is no such scheduler.
   """
-  theirs = {'ddpm': _DDPM, 'ddim': _DDIM}.get(sampling.sampler)
+  classes = {'ddpm': _DDPM, 'ddim': _DDIM, **solvers.CLASSES}
+  theirs = classes.get(sampling.sampler)
   if theirs is None:
-    raise UnclipError(f'{name}.sampling.sampler is {sampling.sampler}: diffusers has ddpm and ddim')
-  spacings = {ours: word for word, ours in _SPACINGS[theirs].items()}
+    raise UnclipError(
+      f'{name}.sampling.sampler is {sampling.sampler}: diffusers has {", ".join(classes)}'
+    )
+  is_solver = sampling.sampler in solvers.CLASSES
+  words = solvers.SPACINGS[sampling.sampler] if is_solver else _SPACINGS[theirs]
+  spacings = {ours: word for word, ours in words.items()}
   is_bounded = diffusion.dynamic_threshold is not None or diffusion.clip_x_0 is not None
   is_ddpm = theirs == _DDPM
   needed = {
     f'sampling.spacing is {sampling.spacing}: take one of {", ".join(spacings)}': (
       sampling.spacing in spacings
     ),
-    'sampling.to_x_0 is false: only ddim ends with noise': sampling.to_x_0 or not is_ddpm,
+    'sampling.to_x_0 is false: only ddim and plms end with noise': (
+      sampling.to_x_0 or sampling.sampler in ('ddim', 'plms')
+    ),
     'diffusion.learned_variance is true: only ddpm has a use for it': (
       is_ddpm or not diffusion.learned_variance
     ),
     'diffusion.keep_eps is false: there ddim keeps eps where x_0 is bounded': (
       is_ddpm or diffusion.keep_eps or not is_bounded
     ),
+    'diffusion bounds x_0: there only ddpm and ddim do': not (is_solver and is_bounded),
   }
   for what, fits in needed.items():
     if not fits:
@@ -161,13 +151,15 @@ def write_scheduler(
     '_class_name': theirs,
     **_write_schedule(f'{name}.diffusion', diffusion),
     'prediction_type': _PREDICTION_NAMES[diffusion.prediction],
-    **_write_bounds(diffusion),
+    **({} if is_solver else _write_bounds(diffusion)),
     'timestep_spacing': spacings[sampling.spacing],
     'steps_offset': sampling.offset,
   }
   if is_ddpm:
     return values | {'variance_type': _VARIANCE_NAMES[sampling.variance]}
-  return values | {'set_alpha_to_one': sampling.to_x_0}
+  if sampling.sampler in ('ddim', 'plms'):
+    values |= {'set_alpha_to_one': sampling.to_x_0}
+  return values | solvers.fields(sampling.sampler)
 
 
 def read_noising_scheduler(folder: epath.Path) -> DiffusionConfig:
@@ -177,7 +169,7 @@ def read_noising_scheduler(folder: epath.Path) -> DiffusionConfig:
     UnclipError: a field asks for what ours does not do.
   """
   # The others scale what they add noise to in ways of their own.
-  names = (_DDPM, _DDIM, _PNDM, 'UnCLIPScheduler')
+  names = (_DDPM, _DDIM, solvers.PNDM, 'UnCLIPScheduler')
   fields = read_component_config(folder, names, SCHEDULER_CONFIG_NAME)
   return DiffusionConfig(**_read_schedule(fields))
 

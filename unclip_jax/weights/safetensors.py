@@ -6,6 +6,7 @@ know what to expect, so that a file of another architecture is an error and neve
 
 import contextlib
 import os
+import secrets
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -134,8 +135,9 @@ def write_atomically(path: epath.Path, write: Callable[[Path], None]) -> None:
         path.write_bytes(part.read_bytes())
       return
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The process's number keeps two writers of one file apart.
-    part = Path(path.parent) / f'.{path.name}.{os.getpid()}.part'
+    # Chance keeps two writers of one file apart; the numbers of processes are no help on several
+    # machines.
+    part = Path(path.parent) / f'.{path.name}.{secrets.token_hex(4)}.part'
     try:
       write(part)
       part.chmod(0o666 & ~_umask())  # The safetensors package makes files for their owner alone.
