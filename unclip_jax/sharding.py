@@ -1,10 +1,16 @@
 """Where arrays live: the mesh, the placement of states and batches, sampling on many devices.
 
 The only importer of `jax.sharding`. A mesh has the axes `data`, over which a batch is split, and
-`model`, of size 1 until networks are split too. Axes are Auto: the compiler carries the placement
-of the arguments through a program, whose code stays that of one device.
+`model`, over which parameters are, of networks that are too large for one device. Axes are Auto:
+the compiler carries the placement of the arguments through a program, whose code stays that of one
+device.
+
+A Transformer's parameters are split as by Megatron-LM (Shoeybi et al. 2019, section 3): queries,
+keys and values by heads and the first layer of an MLP by its columns, what comes after them by
+rows, so that devices add up their results once for each of the two.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -25,22 +31,46 @@ from unclip_jax.types import Array, UnclipError
 DATA_AXIS = 'data'
 MODEL_AXIS = 'model'
 
+# Ends of the paths of kernels, how many axes they have, and which of these is split first of all.
+_AXES = (
+  (r'qkv/kernel', 4, 2),  # [width, 3, heads, head_dim]
+  (r'context_kv/kernel', 4, 2),
+  (r'(attention|self|context)_out/kernel', 3, 0),  # [heads, head_dim, width]
+  (r'out_proj/kernel', 3, 0),
+  (r'mlp_in/kernel', 2, 1),
+  (r'mlp_out/kernel', 2, 0),
+  (r'kernel', 4, 3),  # of a convolution: [height, width, in, out]
+  (r'embedding', 2, 1),  # so that a device finds its part of each word
+)
+# They are small, and each device has to have them whole.
+_WHOLE = re.compile(r'(.*/)?(bias|scale|mean|std|positions|padding)')
 
-def make_mesh(num_devices: int | None = None) -> Mesh:
-  """Returns a mesh over the first `num_devices` devices, or over all.
+
+def make_mesh(num_devices: int | None = None, model_devices: int = 1) -> Mesh:
+  """Returns a mesh over the first `num_devices` devices of this process, or over all.
+
+  Args:
+    num_devices: of the whole mesh.
+    model_devices: how many of them share one copy of the parameters; a batch is split over
+      num_devices / model_devices.
 
   Raises:
-    UnclipError: there are fewer devices.
+    UnclipError: there are fewer devices, or they do not divide into groups of `model_devices`.
   """
-  devices = jax.devices()
+  devices = jax.local_devices()
   num_devices = len(devices) if num_devices is None else num_devices
   if not 1 <= num_devices <= len(devices):
     raise UnclipError(
       f'{num_devices} devices were asked for, there are {len(devices)} of kind '
       f'{devices[0].device_kind}: ask for 1 to {len(devices)}'
     )
+  if model_devices < 1 or num_devices % model_devices:
+    raise UnclipError(
+      f'{num_devices} devices do not divide into groups of {model_devices} that share a copy of '
+      f'the parameters: take model_devices that divides {num_devices}'
+    )
   return jax.make_mesh(
-    (num_devices, 1),
+    (num_devices // model_devices, model_devices),
     (DATA_AXIS, MODEL_AXIS),
     axis_types=(AxisType.Auto, AxisType.Auto),
     devices=devices[:num_devices],
@@ -48,7 +78,7 @@ def make_mesh(num_devices: int | None = None) -> Mesh:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Returns the placement that splits the first axis over the devices."""
+  """Returns the placement that splits the first axis over the devices, or groups of them."""
   return NamedSharding(mesh, PartitionSpec(DATA_AXIS))
 
 
@@ -57,17 +87,60 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
+def param_spec(path: str, shape: tuple[int, ...], model_devices: int) -> PartitionSpec:
+  """Which axis of a parameter is split over the devices that share a copy.
+
+  That of the rules, else the largest that divides, the last of equal ones. Biases, norms, positions
+  and what has no axis that divides are whole on each device.
+
+  Args:
+    path: its keys, joined by slashes.
+    shape: its shape.
+    model_devices: how many parts.
+  """
+  if model_devices == 1 or len(shape) < 2 or _WHOLE.fullmatch(path):
+    return PartitionSpec()
+  axes = sorted(range(len(shape)), key=lambda axis: (-shape[axis], -axis))
+  for end, ndim, first in _AXES:
+    if ndim == len(shape) and re.search(f'{end}$', path):
+      axes.insert(0, first)
+      break
+  for axis in axes:
+    if shape[axis] % model_devices == 0:
+      return PartitionSpec(*[None] * axis, MODEL_AXIS)
+  return PartitionSpec()
+
+
+def param_shardings(params: Any, mesh: Mesh) -> Any:
+  """Where each parameter goes, in the structure of `params`, which may be described by shapes.
+
+  Over a `model` axis of 1 each device has all of them.
+  """
+
+  def place(path: Any, leaf: Any) -> NamedSharding:
+    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    return NamedSharding(mesh, param_spec(name, leaf.shape, mesh.shape[MODEL_AXIS]))
+
+  return jax.tree_util.tree_map_with_path(place, params)
+
+
+def shard_params(params: Any, mesh: Mesh) -> Any:
+  """Splits parameters over the `model` axis of a mesh; what lies there already is not copied."""
+  return jax.device_put(params, param_shardings(params, mesh))
+
+
 def place_batch(batch: Any, mesh: Mesh) -> Any:
-  """Splits a pytree of arrays [b, ...] over the devices.
+  """Splits a pytree of arrays [b, ...] over the devices, or over groups that share parameters.
 
   Raises:
-    UnclipError: b is not a multiple of the number of devices.
+    UnclipError: b is not a multiple of the number of devices, or groups.
   """
-  size, num_devices = _batch_size(batch), mesh.shape[DATA_AXIS]
-  if size % num_devices:
+  size, num_parts = _batch_size(batch), mesh.shape[DATA_AXIS]
+  if size % num_parts:
+    what = 'devices' if mesh.shape[MODEL_AXIS] == 1 else 'groups of devices'
     raise UnclipError(
-      f'a batch of {size} cannot be split over {num_devices} devices: use a multiple of '
-      f'{num_devices}, or fewer devices'
+      f'a batch of {size} cannot be split over {num_parts} {what}: use a multiple of {num_parts}, '
+      f'or fewer {what}'
     )
   return jax.device_put(batch, batch_sharding(mesh))
 
@@ -84,12 +157,13 @@ def sharded(fn: Callable[[Any, Any], Any], mesh: Mesh) -> Callable[[Any, Any], A
   dropped: with a key a sample, row i is the same on any number of devices.
 
   Args:
-    fn: pure. `params` is a pytree of arrays that each device has whole (guidance scale and eta may
-      be among them), `batch` and the result are pytrees of arrays [b, ...].
+    fn: pure. `params` is a pytree of arrays that each device has whole, or a part of where the mesh
+      has a `model` axis (guidance scale and eta may be among them), `batch` and the result are
+      pytrees of arrays [b, ...].
     mesh: of `make_mesh`.
 
   Returns:
-    A function of the same arguments. Parameters that are `replicated` already are not copied.
+    A function of the same arguments. Parameters that `shard_params` has placed are not copied.
   """
   num_devices = mesh.shape[DATA_AXIS]
   jitted = jax.jit(fn, out_shardings=batch_sharding(mesh))
@@ -97,7 +171,7 @@ def sharded(fn: Callable[[Any, Any], Any], mesh: Mesh) -> Callable[[Any, Any], A
   def call(params: Any, batch: Any) -> Any:
     size = _batch_size(batch)
     batch = place_batch(_fill(batch, -size % num_devices), mesh)
-    out = jitted(jax.device_put(params, replicated(mesh)), batch)
+    out = jitted(shard_params(params, mesh), batch)
     return out if size % num_devices == 0 else jax.tree.map(lambda a: a[:size], out)
 
   return call
@@ -108,7 +182,15 @@ def pmapped(fn: Callable[[Any, Any], Any], mesh: Mesh) -> Callable[[Any, Any], A
 
   For code that is written for one device, its collectives over `data` by hand. `sharded` is the
   recommended way.
+
+  Raises:
+    UnclipError: the mesh has a `model` axis: here each device has all parameters.
   """
+  if mesh.shape[MODEL_AXIS] > 1:
+    raise UnclipError(
+      f'pmap gives each device all parameters: take model_devices 1, not {mesh.shape[MODEL_AXIS]}, '
+      'or jit'
+    )
   devices = list(mesh.devices.reshape(-1))
   mapped = jax.pmap(fn, axis_name=DATA_AXIS, in_axes=(None, 0), devices=devices)
 

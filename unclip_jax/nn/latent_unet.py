@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from unclip_jax.configs import LatentUNetConfig
 from unclip_jax.nn.attention import attend
+from unclip_jax.nn.convolution import Conv3x3
 from unclip_jax.nn.layers import (
   GroupNorm,
   LayerNorm,
@@ -147,7 +148,7 @@ class LatentUNet(nn.Module):
     # Indexed by level, 0 the highest resolution; they run from the last to the first.
     self.up_blocks = [[block(i) for _ in range(n + 1)] for i in levels]
     self.up_attention = [level_attention(i, n + 1) for i in levels]
-    self.upsamplers = [conv(widths[i]) for i in levels[1:]]
+    self.upsamplers = [Conv3x3(widths[i], dtype=self.dtype) for i in levels[1:]]
     self.norm_out = GroupNorm(config.num_groups, dtype=self.dtype)
     self.conv_out = nn.Conv(config.out_channels, (3, 3), kernel_init=zeros, dtype=jnp.float32)
 
@@ -205,7 +206,7 @@ class LatentUNet(nn.Module):
       if i:
         # What was of an odd size is halved upwards: the last row or column is not doubled.
         rows, columns = skips[-1].shape[1:3]
-        h = self.upsamplers[i - 1](upsample_nearest(h)[:, :rows, :columns])
+        h = self.upsamplers[i - 1](upsample_nearest(h)[:, :rows, :columns], deterministic)
     return self.conv_out(nn.silu(self.norm_out(h)).astype(jnp.float32))
 
   def predict(

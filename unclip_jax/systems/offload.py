@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 import jax
 import numpy as np
 
-from unclip_jax.sharding import Mesh, replicated
+from unclip_jax.sharding import Mesh, shard_params
 from unclip_jax.types import Params
 
 
@@ -20,14 +20,14 @@ class Offloaded(Mapping[str, Params]):
 
     Args:
       params: of the stages.
-      mesh: the devices that each get all of them; None for the default one.
+      mesh: the devices that get them, each all or a part; None for the default one.
     """
     self._host = {name: jax.tree.map(np.asarray, tree) for name, tree in params.items()}
     self._mesh = mesh
 
   def __getitem__(self, name: str) -> Params:
-    place = None if self._mesh is None else replicated(self._mesh)
-    return jax.device_put(self._host[name], place)
+    host, mesh = self._host[name], self._mesh
+    return jax.device_put(host) if mesh is None else shard_params(host, mesh)
 
   def __contains__(self, name: object) -> bool:
     return name in self._host

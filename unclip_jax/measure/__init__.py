@@ -1,0 +1,1 @@
+"""What programs cost and devices reach: FLOPs, bytes and peaks."""
