@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 from etils.epath import backend, gpath
@@ -36,8 +37,11 @@ class FakeStore(AbstractFileSystem):
     names = [f'{self._strip_protocol(path)}/{name}' for name in os.listdir(self.local(path))]
     return [self.info(name) for name in names] if detail else names
 
-  def _open(self, path: str, mode: str = 'rb', **_: object) -> AbstractBufferedFile:
-    assert mode == 'rb', 'it is only read'
+  def _open(self, path: str, mode: str = 'rb', **_: object) -> AbstractBufferedFile | BinaryIO:
+    if mode == 'wb':
+      self.local(path).parent.mkdir(parents=True, exist_ok=True)
+      return self.local(path).open('wb')
+    assert mode == 'rb', mode
     return _File(self, path, mode)
 
 

@@ -150,15 +150,19 @@ def make_sheet(images: np.ndarray, labels: Sequence[str], title: str) -> np.ndar
   return np.asarray(sheet)
 
 
+def slug(prompt: str) -> str:
+  """A file name for a prompt, without suffix: its letters and digits, the rest as dashes."""
+  words = unicodedata.normalize('NFC', prompt).lower()
+  name = re.sub(r'[^\w]+', '-', words).strip('-_')
+  name = name.encode(errors='ignore')[:_MAX_SLUG_BYTES].decode(errors='ignore').strip('-_')
+  return name or 'image'
+
+
 def slugs(prompts: Sequence[str]) -> list[str]:
   """A file name for each prompt, without suffix; prompts that would share one are numbered."""
   names: list[str] = []
   for prompt in prompts:
-    words = unicodedata.normalize('NFC', prompt).lower()
-    name = re.sub(r'[^\w]+', '-', words).strip('-_')
-    name = (
-      name.encode(errors='ignore')[:_MAX_SLUG_BYTES].decode(errors='ignore').strip('-_') or 'image'
-    )
+    name = slug(prompt)
     number, unique = 2, name
     while unique in names:
       number, unique = number + 1, f'{name}-{number}'

@@ -1,6 +1,7 @@
 """What a command does about warnings, Ctrl-C, a full memory and compiled programs."""
 
 import contextlib
+import math
 import os
 import signal
 import sys
@@ -14,16 +15,27 @@ from unclip_jax.types import UnclipError
 
 
 @contextlib.contextmanager
-def plain_warnings() -> Iterator[None]:
-  """Shows the package's warnings to people: a line each, without a place in the code."""
+def plain_warnings(most: float = math.inf) -> Iterator[None]:
+  """Shows the package's warnings to people: a line each, without a place in the code.
+
+  Beyond the first `most` they are only counted.
+  """
+  count = 0
 
   def show(message: Warning | str, *_: object) -> None:
-    print(f'unclip-jax: warning: {message}', file=sys.stderr)
+    nonlocal count
+    count += 1
+    if count <= most:
+      print(f'unclip-jax: warning: {message}', file=sys.stderr)
 
   with warnings.catch_warnings():
     warnings.simplefilter('always', UserWarning)
     warnings.showwarning = show
-    yield
+    try:
+      yield
+    finally:
+      if count > most:
+        print(f'unclip-jax: warning: {count - most:,} more warnings', file=sys.stderr)
 
 
 @contextlib.contextmanager

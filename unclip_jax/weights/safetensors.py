@@ -96,6 +96,23 @@ def load_params(path: os.PathLike[str] | str, expected: Params, dtype: Any = Non
   return jax.tree.unflatten(jax.tree.structure(expected), [arrays[name] for name in wanted])
 
 
+def load_vectors(path: os.PathLike[str] | str) -> dict[str, np.ndarray]:
+  """All of a small file of float vectors, float32 by their names, on the host.
+
+  Raises:
+    UnclipError: the file is missing, cut short or of another format, or an array holds a NaN, is of
+      whole numbers or no vector; names it.
+  """
+  path, vectors = epath.Path(path), {}
+  with contextlib.ExitStack() as stack:
+    for name, tensor in _open(path, stack).items():
+      if len(tensor.shape) != 1:
+        raise UnclipError(f'{path}: {name} has the shape {list(tensor.shape)}, wanted is a vector')
+      leaf = jax.ShapeDtypeStruct(tensor.shape, jnp.float32)
+      vectors[name] = np.asarray(_read(tensor, name, leaf, None))
+  return vectors
+
+
 def reach(path: os.PathLike[str] | str) -> epath.Path:
   """`path` with its ~ expanded, known to lie where this machine can look.
 
