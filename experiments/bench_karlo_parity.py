@@ -24,8 +24,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
 
+from experiments.karlo_peer import make_module, to_torch
 from unclip_jax.configs import UnclipConfig
 from unclip_jax.nn.clip import TextFeatures
 from unclip_jax.nn.decoder import DecoderNetwork
@@ -92,18 +92,10 @@ def make_text(config: UnclipConfig, rng: np.random.Generator) -> TextFeatures:
   )
 
 
-def to_torch(x: np.ndarray) -> torch.Tensor:
-  """NHWC -> NCHW; other arrays as they are."""
-  tensor = torch.from_numpy(np.ascontiguousarray(x))
-  return tensor.movedim(-1, 1).contiguous() if tensor.ndim == 4 else tensor
-
-
 def prior_case(config: UnclipConfig, rng: np.random.Generator) -> Case:
   """One guided step, all 81 positions there, three on a cached prefix here."""
   prior, text = config.prior, make_text(config, rng)
-  values = diffusers_prior.write_config(prior)
-  del values['_class_name']
-  twin = diffusers.PriorTransformer(**values)
+  twin = make_module(config, 'prior')
   z_i_t = rng.normal(size=(1, prior.embed_dim)).astype('f').repeat(2, axis=0)
   t = np.array([417, 417])
 
@@ -138,14 +130,7 @@ def prior_case(config: UnclipConfig, rng: np.random.Generator) -> Case:
 def decoder_case(config: UnclipConfig, rng: np.random.Generator) -> Case:
   """One guided step at 64 px; the projections of the context are part of it there."""
   decoder, text = config.decoder, make_text(config, rng)
-  files = karlo.write_configs(config, 'CLIPTokenizer', 49407)
-  parts = {}
-  for name, kind in (
-    ('text_proj', UnCLIPTextProjModel),
-    ('decoder', diffusers.UNet2DConditionModel),
-  ):
-    values = {k: v for k, v in files[f'{name}/config.json'].items() if k[0] != '_'}
-    parts[f'{name}/'] = kind(**values)
+  parts = {f'{name}/': make_module(config, name) for name in ('text_proj', 'decoder')}
   text_proj, twin = parts.values()
   size = decoder.image_size
   x_t = rng.normal(size=(1, size, size, 3)).astype('f').repeat(2, axis=0)
@@ -199,9 +184,7 @@ def decoder_case(config: UnclipConfig, rng: np.random.Generator) -> Case:
 def upsampler_case(config: UnclipConfig, rng: np.random.Generator) -> Case:
   """One step of super_res_first at 256 px; super_res_last is the same network."""
   up = config.upsamplers[0]
-  values = diffusers_unet.write_config(up.unet, up.image_size)
-  del values['_class_name']
-  twin = diffusers.UNet2DModel(**values)
+  twin = make_module(config, 'super_res_first')
   x_t, low = rng.normal(size=(2, 1, up.image_size, up.image_size, 3)).astype('f')
   t = np.array([500])
 

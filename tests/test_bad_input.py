@@ -88,7 +88,7 @@ def refuse(capsys, model: object, out: Path, *args: object) -> str:
     ([APPLE, '--batch-size', 0], ['batch size is 0']),
     ([APPLE, '--devices', 0], ['number of devices is 0']),
     ([APPLE, '--devices', 999], ['999 devices', 'ask for']),
-    ([APPLE, '--dtype', 'float8'], ["'float8'", 'float32 or bfloat16']),
+    ([APPLE, '--dtype', 'float8'], ["'float8'", 'float32, bfloat16 or float16']),
     ([APPLE, '--size', 48], ['no size 48', '16 or 32']),
     ([APPLE, '--prior-steps', 0], ['prior', '0 is too few']),
     ([APPLE, '--decoder-steps', -5], ['decoder', '-5 is too few']),

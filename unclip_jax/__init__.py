@@ -17,12 +17,15 @@ if TYPE_CHECKING:
   from unclip_jax.configs import UnclipConfig
   from unclip_jax.presets import preset
   from unclip_jax.stages import clip, decoder, diffusion_prior, upsampler
+  from unclip_jax.systems.exported import load_exported, write_exported
+  from unclip_jax.systems.fused import Fused, fuse
   from unclip_jax.systems.samples import Progress, Samples, StartNoise, Trajectories
   from unclip_jax.systems.settings import Sampling
   from unclip_jax.systems.unclip import Unclip, generate, load
   from unclip_jax.types import UnclipError
 
 __all__ = [
+  'Fused',
   'Progress',
   'Samples',
   'Sampling',
@@ -37,18 +40,22 @@ __all__ = [
   'decoder',
   'diffusion',
   'diffusion_prior',
+  'fuse',
   'generate',
   'load',
+  'load_exported',
   'nn',
   'preset',
   'presets',
   'stages',
   'upsampler',
   'weights',
+  'write_exported',
 ]
 
 # A name that is a module itself is not looked up in one.
 _HOMES = {
+  'Fused': 'systems.fused',
   'Progress': 'systems.samples',
   'Samples': 'systems.samples',
   'Sampling': 'systems.settings',
@@ -63,14 +70,17 @@ _HOMES = {
   'decoder': 'stages.decoder',
   'diffusion': 'diffusion',
   'diffusion_prior': 'stages.diffusion_prior',
+  'fuse': 'systems.fused',
   'generate': 'systems.unclip',
   'load': 'systems.unclip',
+  'load_exported': 'systems.exported',
   'nn': 'nn',
   'preset': 'presets',
   'presets': 'presets',
   'stages': 'stages',
   'upsampler': 'stages.upsampler',
   'weights': 'weights',
+  'write_exported': 'systems.exported',
 }
 
 

@@ -13,9 +13,8 @@ import twins
 from diffusers.schedulers import scheduling_unclip
 
 import unclip_jax
-from unclip_jax.config_json import override
+from experiments.bench_sampling import TINY_KARLO_CONFIG
 from unclip_jax.diffusion.schedule import cosine_schedule
-from unclip_jax.presets import preset
 from unclip_jax.systems import programs
 from unclip_jax.systems.convert import convert
 
@@ -140,27 +139,7 @@ def test_both_pipelines_open_what_is_written_of_a_model_that_has_all(karlo, tmp_
 
 def test_a_model_of_ours_runs_in_diffusers(tmp_path, monkeypatch):
   """One of the architecture of Karlo, with the tokenizer and the sizes of the tiny preset."""
-  config = override(
-    preset('tiny'),
-    [
-      'clip.unit_norm=false',
-      'clip.embed_dim=24',
-      'prior.embed_dim=24',
-      'prior.unit_norm=false',
-      'prior.num_candidates=1',
-      'prior.diffusion.clip_x_0=4.0',
-      'decoder.embed_dim=24',
-      'decoder.embed_scale=1.0',
-      'decoder.text=null',
-      'decoder.clip_text_width=24',
-      'decoder.sampling.spacing=karlo',
-      'prior.sampling.spacing=karlo',
-      'upsamplers.0.sampling.spacing=karlo',
-      'upsamplers.0.sampling.sampler=ddpm',
-      'upsamplers.0.final_unet=true',
-      'upsamplers.0.unet.patch_size=1',
-    ],
-  )
+  config = TINY_KARLO_CONFIG
   tiny_model.write_tiny_model(tmp_path / 'ours', config)
   convert(tmp_path / 'ours', tmp_path / 'theirs', 'diffusers')
   pipeline = diffusers.UnCLIPPipeline.from_pretrained(tmp_path / 'theirs')

@@ -1,4 +1,4 @@
-"""The command line: `unclip-jax generate`, `unclip-jax info` and `unclip-jax convert`.
+"""The command line: `unclip-jax generate`, `info`, `convert`, `compile`, `export` and `bench`.
 
 What takes long to import (JAX, and all that needs it) is imported by the commands, so that --help
 and slips of the fingers are answered at once.
@@ -10,7 +10,10 @@ from typing import Annotated
 import typer
 
 import unclip_jax
+from unclip_jax.cli.bench import bench
+from unclip_jax.cli.compile import compile_ahead
 from unclip_jax.cli.convert import convert
+from unclip_jax.cli.export import export
 from unclip_jax.cli.generate import generate
 from unclip_jax.cli.info import info
 
@@ -29,6 +32,13 @@ app.command(epilog='Example: unclip-jax info --vocabulary --matching fish --pict
 )
 app.command(epilog='Example: unclip-jax convert kakaobrain/karlo-v1-alpha karlo --dtype bfloat16')(
   convert
+)
+app.command('compile', epilog='Example: unclip-jax compile --batch-sizes 1,4 --dtype bfloat16')(
+  compile_ahead
+)
+app.command(epilog='Example: unclip-jax export default program --platforms cuda,tpu')(export)
+app.command(epilog='Example: unclip-jax bench --preset karlo --batch-sizes 1,4 --json karlo.json')(
+  bench
 )
 
 

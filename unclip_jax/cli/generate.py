@@ -1,5 +1,6 @@
 """`unclip-jax generate`: pictures of captions."""
 
+import functools
 import json
 import math
 from importlib import metadata
@@ -14,6 +15,7 @@ from unclip_jax.cli.options import (
   MACHINE,
   OUTPUT,
   PRIOR,
+  PROCESSES,
   UPSAMPLER,
   ModelOption,
   PriorModelOption,
@@ -21,9 +23,14 @@ from unclip_jax.cli.options import (
   output_folder,
 )
 
-_SAMPLER_HELP = 'ddpm or ddim.'
+_SAMPLER_HELP = 'ddpm, ddim, dpmpp_2m, dpmpp_2m_sde, unipc, plms or analytic.'
+_SPACING_HELP = 'Of the timesteps: strided, trailing, log_snr, leading, linspace or karlo.'
+_RESCALE_HELP = 'From 0 to 1: how much of the contrast that guidance adds is taken back.'
+_INTERVAL_HELP = 'Guide between these shares of the noise schedule only, from 0 to 1: faster.'
 _STAGES = ('clip', 'prior', 'decoder_text', 'decoder', 'autoencoder')
-_ETA_HELP = 'Noise of ddim, from 0 (none) to 1 (as much as ddpm).'
+_MOST_WARNINGS = 20  # about the prompts of a file
+_NAMES_OF_MODELS = ('model', 'prior_model')
+_ETA_HELP = 'Noise of ddim and analytic, from 0 (none) to 1 (as much as ddpm).'
 
 
 def generate(
@@ -31,6 +38,15 @@ def generate(
     list[str] | None,
     typer.Argument(
       metavar='PROMPT', help='What is to be seen; one or several.', show_default=False
+    ),
+  ] = None,
+  prompts_file: Annotated[
+    str | None,
+    typer.Option(
+      '--prompts',
+      metavar='FILE',
+      help='A prompt a line, or .jsonl. What --out has of them already is not drawn again.',
+      show_default=False,
     ),
   ] = None,
   image: Annotated[
@@ -78,13 +94,20 @@ def generate(
   model: ModelOption = 'default',
   prior_model: PriorModelOption = None,
   dtype: Annotated[
-    str, typer.Option(help='float32 or bfloat16.', rich_help_panel=MACHINE)
+    str, typer.Option(help='float32, bfloat16 or float16.', rich_help_panel=MACHINE)
   ] = 'float32',
   batch_size: Annotated[
     int | None, option(MACHINE, 'Pictures drawn at a time. (default: 4 on a CPU, else 16)')
   ] = None,
   devices: Annotated[
     int, typer.Option(help='Devices that share the work.', rich_help_panel=MACHINE)
+  ] = 1,
+  model_devices: Annotated[
+    int,
+    typer.Option(
+      help='How many of them share one copy of the parameters, for a model too large for one.',
+      rich_help_panel=MACHINE,
+    ),
   ] = 1,
   offload: Annotated[
     bool,
@@ -118,12 +141,32 @@ def generate(
       rich_help_panel=MACHINE,
     ),
   ] = True,
+  distributed: Annotated[
+    bool,
+    typer.Option(
+      '--distributed',
+      help='Started by Slurm, Open MPI, Kubernetes or on Cloud TPU: find the others.',
+      rich_help_panel=PROCESSES,
+    ),
+  ] = False,
+  coordinator: Annotated[
+    str | None, option(PROCESSES, 'By hand: where process 0 is found.', 'HOST:PORT')
+  ] = None,
+  num_processes: Annotated[int | None, option(PROCESSES, 'By hand: how many there are.')] = None,
+  process_id: Annotated[
+    int | None, option(PROCESSES, 'By hand: which of them this one is, from 0.')
+  ] = None,
   prior_steps: Annotated[int | None, option(PRIOR, 'Denoising steps.')] = None,
   prior_sampler: Annotated[str | None, option(PRIOR, _SAMPLER_HELP)] = None,
   prior_guidance: Annotated[
     float | None, option(PRIOR, 'How much the caption is stressed; 1 is as it is.')
   ] = None,
   prior_eta: Annotated[float | None, option(PRIOR, _ETA_HELP)] = None,
+  prior_spacing: Annotated[str | None, option(PRIOR, _SPACING_HELP)] = None,
+  prior_guidance_rescale: Annotated[float | None, option(PRIOR, _RESCALE_HELP)] = None,
+  prior_guidance_interval: Annotated[
+    tuple[float, float] | None, option(PRIOR, _INTERVAL_HELP, 'LOW HIGH')
+  ] = None,
   prior_candidates: Annotated[
     int | None, option(PRIOR, 'Embeddings drawn for a picture; the nearest one is kept.')
   ] = None,
@@ -133,39 +176,81 @@ def generate(
     float | None, option(DECODER, 'How much the caption is stressed; 1 is as it is.')
   ] = None,
   decoder_eta: Annotated[float | None, option(DECODER, _ETA_HELP)] = None,
+  decoder_spacing: Annotated[str | None, option(DECODER, _SPACING_HELP)] = None,
+  decoder_guidance_rescale: Annotated[float | None, option(DECODER, _RESCALE_HELP)] = None,
+  decoder_guidance_interval: Annotated[
+    tuple[float, float] | None, option(DECODER, _INTERVAL_HELP, 'LOW HIGH')
+  ] = None,
   noise_level: Annotated[
     int | None, option(DECODER, 'Stable unCLIP: the higher, the more pictures of one image differ.')
   ] = None,
   upsampler_steps: Annotated[int | None, option(UPSAMPLER, 'Denoising steps.')] = None,
   upsampler_sampler: Annotated[str | None, option(UPSAMPLER, _SAMPLER_HELP)] = None,
   upsampler_eta: Annotated[float | None, option(UPSAMPLER, _ETA_HELP)] = None,
+  upsampler_spacing: Annotated[str | None, option(UPSAMPLER, _SPACING_HELP)] = None,
 ) -> None:
   """Draw pictures of captions or variations of a picture, each a PNG, and all in grid.png."""
   from rich.console import Console
 
+  from unclip_jax.cli.series import draw_series, join_processes, open_series
   from unclip_jax.display import StageDisplay
   from unclip_jax.images import make_grid, read_picture, slugs
+  from unclip_jax.processes import Processes
   from unclip_jax.systems import settings
   from unclip_jax.systems.samples import Progress, Samples
+  from unclip_jax.systems.series import fingerprint, sample_series
   from unclip_jax.terminal import interrupts, memory_errors, plain_warnings, use_cache
   from unclip_jax.types import UnclipError
 
-  prior = settings.Sampling(prior_steps, prior_sampler, prior_guidance, prior_eta)
-  decoder = settings.Sampling(decoder_steps, decoder_sampler, decoder_guidance, decoder_eta)
-  upsampler = settings.Sampling(upsampler_steps, upsampler_sampler, eta=upsampler_eta)
-  if not prompts and image is None:
-    raise typer.BadParameter('give a PROMPT, or the --image that is to be varied')
+  prior = settings.Sampling(
+    prior_steps,
+    prior_sampler,
+    prior_guidance,
+    prior_eta,
+    None,
+    prior_spacing,
+    prior_guidance_rescale,
+    prior_guidance_interval,
+  )
+  decoder = settings.Sampling(
+    decoder_steps,
+    decoder_sampler,
+    decoder_guidance,
+    decoder_eta,
+    None,
+    decoder_spacing,
+    decoder_guidance_rescale,
+    decoder_guidance_interval,
+  )
+  upsampler = settings.Sampling(
+    upsampler_steps, upsampler_sampler, eta=upsampler_eta, spacing=upsampler_spacing
+  )
+  by_hand = (coordinator, num_processes, process_id) != (None, None, None)
+  if prompts_file is not None and (prompts or image is not None or mask is not None):
+    raise typer.BadParameter('--prompts goes without a PROMPT, --image and --mask')
+  if prompts_file is None and (distributed or by_hand):
+    raise typer.BadParameter('several processes share --prompts: give a file of them')
+  if prompts_file is None and not prompts and image is None:
+    raise typer.BadParameter('give a PROMPT, --prompts, or the --image that is to be varied')
   if mask is not None and (image is None or not prompts):
     raise typer.BadParameter('--mask goes with an --image, and a PROMPT that says what to paint')
   if lora_strength != 1 and not lora:
     raise typer.BadParameter('--lora-strength goes with --lora')
   use_cache(cache)
 
-  with output_folder(out) as folder, plain_warnings(), memory_errors(), interrupts() as check:
-    # Read first: a mistake in its name should not wait for a large model.
+  # Read first: a mistake in its name, or in a line, should not wait for a large model.
+  series, shared_by = None, Processes()
+  if prompts_file is not None:
+    series = open_series(prompts_file, out, seed, num_images, first_image)
+    if distributed or by_hand:
+      shared_by = join_processes(coordinator, num_processes, process_id)
+  warned = plain_warnings(math.inf if series is None else _MOST_WARNINGS)
+  with output_folder(out) as folder, warned, memory_errors(), interrupts() as check:
     picture = None if image is None else read_picture(image)
     anew = None if mask is None else read_picture(mask).mean(axis=-1) > 127
-    loaded = unclip_jax.load(model, dtype, devices, offload, prior_model, lora or (), lora_strength)
+    loaded = unclip_jax.load(
+      model, dtype, devices, offload, prior_model, lora or (), lora_strength, model_devices
+    )
     is_varied = picture is not None and mask is None
     if is_varied and loaded.config.clip is None:
       raise UnclipError(f'the model {model} varies no pictures: it knows no CLIP (give a --mask?)')
@@ -193,6 +278,24 @@ def generate(
       'settings': json.dumps(described, ensure_ascii=False),
       'Software': f'unclip_jax {unclip_jax.__version__}, jax {metadata.version("jax")}',
     }
+    if series is not None:
+      draw = functools.partial(
+        sample_series,
+        loaded,
+        negative_prompt=negative_prompt,
+        prior=prior,
+        decoder=decoder,
+        upsampler=upsampler,
+        num_candidates=prior_candidates,
+        size=size,
+        noise_level=noise_level,
+        tile=tile,
+        batch_size=loaded.batch_size(series.scan.num_images, batch_size),
+      )
+      # Its parameters say which model it is, wherever it lies.
+      kept = {name: described[name] for name in described if name not in _NAMES_OF_MODELS}
+      draw_series(series, kept, fingerprint(loaded), text, shared_by, draw, check)
+      return
     titles = [
       ' '.join(filter(None, [caption, Path(image).stem if image else ''])) for caption in captions
     ]

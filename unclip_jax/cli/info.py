@@ -56,8 +56,10 @@ def info(
     sizes += f', and other multiples of {multiple}'
   tokenizer = opened.tokenizer or opened.decoder_tokenizer
   cache = jax.config.jax_compilation_cache_dir or cache_folder()
+  measured = ', '.join(name.replace('_', ' ') for name in opened.eps_power)
   print(
     f'\nsizes     {sizes}\n'
+    f'analytic  {f"for {measured}" if measured else "without its statistics"}\n'
     f'captions  up to {tokenizer.context_length} tokens of {tokenizer.vocab_size:,}\n'
     f'devices   {_devices(jax.devices())}\n'
     f'versions  unclip_jax {unclip_jax.__version__}, jax {metadata.version("jax")}, '

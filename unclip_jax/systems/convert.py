@@ -5,13 +5,14 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
 from unclip_jax.config_json import to_json
+from unclip_jax.configs import UnclipConfig
 from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.systems import loading, pipelines
 from unclip_jax.systems.formats import Model
@@ -61,7 +62,19 @@ def convert(
   if to in ('unclip', 'orbax'):
     params = loading.read_stages(opened, jnp.float32)
     ending = '.orbax' if to == 'orbax' else '.safetensors'
-    _write_ours(opened, params, out, jnp.dtype(dtype), written_by, ending)
+    vocabulary = None if opened.vocabulary is None else opened.vocabulary.to_json()
+    tokenizers = (opened.tokenizer, opened.decoder_tokenizer)
+    write_ours(
+      out,
+      opened.config,
+      params,
+      tokenizers,
+      vocabulary,
+      jnp.dtype(dtype),
+      written_by,
+      ending,
+      opened.eps_power,
+    )
     return
   # The configs come first: they say whether there can be such a folder at all.
   foreign = _as_pipeline(opened) if to == 'diffusers' else _as_clip(opened)
@@ -119,24 +132,27 @@ def _as_clip(opened: Model) -> _Foreign:
   return _Foreign(files, stages, {'': tokenizer}, ('',))
 
 
-def _write_ours(
-  opened: Model,
-  params: dict[str, Params],
+def write_ours(
   out: epath.Path,
+  config: UnclipConfig,
+  params: Mapping[str, Params],
+  tokenizers: tuple[Tokenizer | None, Tokenizer | None],
+  vocabulary: Mapping[str, Any] | None,
   dtype: Any,
   written_by: str,
-  ending: Any,
+  ending: Literal['.safetensors', '.orbax'] = '.safetensors',
+  eps_power: Mapping[str, np.ndarray] | None = None,
 ) -> None:
-  vocabulary = None if opened.vocabulary is None else opened.vocabulary.to_json()
+  """As `weights.folder.write_model`, given the tokenizers: of captions, of the decoder's own."""
   with tempfile.TemporaryDirectory() as folder:
     files: list[Path | None] = []
-    for i, tokenizer in enumerate((opened.tokenizer, opened.decoder_tokenizer)):
+    for i, tokenizer in enumerate(tokenizers):
       files.append(tokenizer and Path(folder) / f'{i}.json')
       if tokenizer is not None:
         tokenizer.save(files[-1])
     write_model(
       out,
-      to_json(opened.config),
+      to_json(config),
       params,
       files[0],
       dtype,
@@ -144,6 +160,7 @@ def _write_ours(
       vocabulary=vocabulary,
       ending=ending,
       decoder_tokenizer_file=files[1],
+      eps_power=eps_power,
     )
 
 

@@ -5,9 +5,10 @@ The config is read from the folder's files, whatever the model is called and how
 
 import functools
 from collections.abc import Callable, Mapping
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any, NamedTuple
 
+import numpy as np
 from etils import epath
 
 from unclip_jax.config_json import from_json
@@ -17,7 +18,12 @@ from unclip_jax.data.vocabulary import Vocabulary
 from unclip_jax.systems import clip_formats, glide_format, karlo_format, pipelines
 from unclip_jax.systems.checks import check_config
 from unclip_jax.types import Params, UnclipError
-from unclip_jax.weights.folder import MANIFEST_NAME, read_manifest
+from unclip_jax.weights.folder import (
+  EPS_POWER_NAME,
+  MANIFEST_NAME,
+  read_eps_power,
+  read_manifest,
+)
 from unclip_jax.weights.foreign_folder import (
   CONFIG_NAME,
   INDEX_NAME,
@@ -52,6 +58,7 @@ class Model(NamedTuple):
     vocabulary: of the captions, None where the folder says nothing of it.
     stages: those that are there, by their names.
     decoder_tokenizer: of a decoder with a text encoder of its own.
+    eps_power: of stages, [T] the mean square of the noise that they predict, where it was measured.
   """
 
   folder: epath.Path
@@ -62,6 +69,7 @@ class Model(NamedTuple):
   vocabulary: Vocabulary | None
   stages: Mapping[str, Stage]
   decoder_tokenizer: Tokenizer | None = None
+  eps_power: Mapping[str, np.ndarray] = MappingProxyType({})
 
 
 def open_model(folder: epath.Path, prior: epath.Path | None = None) -> Model:
@@ -122,9 +130,39 @@ def _open_ours(folder: epath.Path) -> Model:
   }
   vocabulary = read_vocabulary(folder)
   written_by = manifest.written_by
-  return _checked(
+  model = _checked(
     Model(folder, path, written_by, config, tokenizer, vocabulary, stages, decoder_tokenizer)
   )
+  return model._replace(eps_power=_checked_eps_power(folder, config))
+
+
+def _checked_eps_power(folder: epath.Path, config: UnclipConfig) -> Mapping[str, np.ndarray]:
+  """The statistics of a folder, which are of its stages and their schedules.
+
+  Raises:
+    UnclipError: not so, or the file is damaged.
+  """
+  path, known = folder / EPS_POWER_NAME, diffusion_stages(config)
+  remedy = 'remove the file, or measure again (experiments/emoji/measure_noise.py)'
+  eps_power = read_eps_power(folder)
+  for name, power in eps_power.items():
+    if name not in known:
+      raise UnclipError(f'{path} has statistics of {name}, which samples nothing here: {remedy}')
+    if len(power) != known[name].diffusion.num_steps:
+      raise UnclipError(
+        f'{path}: the statistics of the {name} are of {len(power)} timesteps, and its schedule has '
+        f'{known[name].diffusion.num_steps}: {remedy}'
+      )
+    if power.min() < 0 or power.max() > 1:
+      raise UnclipError(f'{path}: the statistics of the {name} are not within 0..1: {remedy}')
+  return eps_power
+
+
+def diffusion_stages(config: UnclipConfig) -> dict[str, Any]:
+  """The configs of the stages that are sampled, by their names, in their order."""
+  stages = {'prior': config.prior, 'decoder': config.decoder}
+  stages |= {f'upsampler_{i}': stage for i, stage in enumerate(config.upsamplers)}
+  return {name: stage for name, stage in stages.items() if stage is not None}
 
 
 def _read_ours(path: epath.Path, expected: Params) -> Params:

@@ -18,7 +18,7 @@ from unclip_jax.configs import (
   StableUnclipDecoderConfig,
   UnclipConfig,
 )
-from unclip_jax.sharding import Mesh, make_mesh, replicated
+from unclip_jax.sharding import Mesh, make_mesh, param_shardings, shard_params
 from unclip_jax.stages import (
   autoencoder,
   clip,
@@ -130,7 +130,7 @@ def read_stages(
     opened: the model.
     dtype: of floating parameters.
     names: of the stages; None takes all that are there.
-    mesh: the devices that hold them, each all; None for the default one.
+    mesh: the devices that hold them; None for the default one.
 
   Raises:
     UnclipError: no network can be built from the config, or the files are damaged or of another
@@ -149,9 +149,10 @@ def read_stages(
       f'{", ".join(expected)}'
     )
   if mesh is not None:
-    place = replicated(mesh)
     expected = jax.tree.map(
-      lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), expected
+      lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+      expected,
+      param_shardings(expected, mesh),
     )
   wanted = expected if names is None else names
   return {
@@ -163,6 +164,7 @@ def load_parts(
   model: str | os.PathLike[str],
   dtype: np.dtype,
   num_devices: int,
+  model_devices: int,
   offload: bool,
   prior: str | os.PathLike[str] | None,
   lora: Sequence[str | os.PathLike[str]],
@@ -170,9 +172,10 @@ def load_parts(
 ) -> tuple[formats.Model, Mapping[str, Params], Mesh | None]:
   """What was opened, its parameters, the devices; `unclip.load` says what is raised."""
   opened = open_model(model, prior)
-  mesh = None if num_devices == 1 else make_mesh(num_devices)
+  mesh = None if num_devices == model_devices == 1 else make_mesh(num_devices, model_devices)
   if offload:
-    with jax.default_device(jax.devices('cpu')[0]):
+    with jax.default_device(jax.local_devices(backend='cpu')[0]):
       params = merge_files(read_stages(opened, dtype), lora, lora_strength)
     return opened, Offloaded(params, mesh), mesh
-  return opened, merge_files(read_stages(opened, dtype, mesh=mesh), lora, lora_strength), mesh
+  params = merge_files(read_stages(opened, dtype, mesh=mesh), lora, lora_strength)
+  return opened, params if mesh is None else shard_params(params, mesh), mesh

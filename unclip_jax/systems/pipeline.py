@@ -26,11 +26,18 @@ from unclip_jax.systems.samples import (
   StartNoise,
   Trajectories,
   check_finite,
+  of_stages,
 )
 from unclip_jax.systems.settings import StageSettings
 from unclip_jax.types import Array, Params
 
 Report = Callable[[str, Literal['preparing', 'sampling', 'done']], None]
+# (program, its arguments, what is static of them by name) -> what it gives
+Runner = Callable[..., Any]
+
+
+def _run_now(program: Callable[..., Any], *args: Any, **static: Any) -> Any:
+  return program(*args, **static)
 
 
 def encode_text(
@@ -64,9 +71,42 @@ def sample_batch(
   Raises:
     UnclipError: a stage made a NaN; names it.
   """
-  run = _Run(config, params, request, dtype, mesh, report)
+  run = _Run(config, params, request, dtype, mesh, report, _run_now)
+  samples = _draw(run)
+  run.wait()
+  samples = jax.device_get(samples)
+  check_finite({name: np.isfinite(array).all() for name, array in of_stages(samples).items()})
+  return samples._replace(prompts=request.captions, indices=request.indices.astype(np.int64))
+
+
+def draw_batch(
+  config: UnclipConfig,
+  params: Mapping[str, Params],
+  request: Request,
+  dtype: Any,
+  report: Report = lambda *_: None,
+  run: Runner = _run_now,
+) -> Samples:
+  """Hands all stages over and waits for none; also inside of a program that holds them all.
+
+  The arguments that `sample_batch` has too are as there; nothing is checked or spread.
+
+  Args:
+    config: of the model.
+    params: of its stages.
+    request: of b images.
+    dtype: of the networks.
+    report: told of each stage before it is handed over, and after that.
+    run: what is done with a program and its arguments, in place of calling it.
+  """
+  return _draw(_Run(config, params, request, dtype, None, report, run))
+
+
+def _draw(run: '_Run') -> Samples:
+  """All stages in their order; of the samples, prompts are left out."""
+  request, config = run.request, run.config
   text, null_text, null_z_i = run.read_captions()
-  prior, prior_start, z_i = None, None, run.request.z_i
+  prior, prior_start, z_i = None, None, request.z_i
   if z_i is None and config.prior is not None:
     prior, prior_start = run.sample_prior(text, null_text)
     z_i = prior.x_0
@@ -83,8 +123,7 @@ def sample_batch(
     stage_images.append(drawn.x_0)
     upsampled.append(drawn)
     upsampler_starts.append(x_start)
-  images = programs.to_uint8(stage_images[-1])
-  run.wait()
+  images = run.run(programs.to_uint8, stage_images[-1])
   trajectories = None
   if request.with_trajectories:
     trajectories = Trajectories(
@@ -92,10 +131,10 @@ def sample_batch(
       decoder.trajectory,
       tuple(drawn.trajectory for drawn in upsampled),
     )
-  samples = Samples(
+  return Samples(
     images=images,
     prompts=(),
-    indices=request.indices.astype(np.int64),
+    indices=request.indices,
     z_t=None if text is None else text.z_t,
     z_i=z_i,
     stage_images=tuple(stage_images),
@@ -103,9 +142,6 @@ def sample_batch(
     start_noise=StartNoise(prior_start, decoder_start, tuple(upsampler_starts)),
     trajectories=trajectories,
   )
-  samples = jax.device_get(samples)
-  check_finite(samples)
-  return samples._replace(prompts=request.captions)
 
 
 class _Run:
@@ -119,11 +155,13 @@ class _Run:
     dtype: Any,
     mesh: Mesh | None,
     report: Report,
+    run: Runner,
   ):
-    self.config, self.params, self.dtype, self.report = config, params, dtype, report
+    self.config, self.params, self.dtype = config, params, dtype
+    self.report, self.run = report, run
     placed = {name: _place(getattr(request, name), mesh) for name in OF_ROWS}
     self.request = request._replace(**placed)
-    self.key_b = programs.image_keys(request.seed, self.request.indices)
+    self.key_b = run(programs.image_keys, self.request.seed, self.request.indices)
     self.finished: dict[str, Any] = {}
 
   def read_captions(self) -> tuple[TextFeatures | None, TextFeatures | None, Array | None]:
@@ -141,7 +179,7 @@ class _Run:
 
       def encode(tokens: Tokens) -> TextFeatures:
         ids, mask = tokens
-        return programs.encode_text(own, ids, mask, config=config, dtype=self.dtype)
+        return self.run(programs.encode_text, own, ids, mask, config=config, dtype=self.dtype)
 
       text = null_text = encode(request.tokens)
       if request.null_tokens is not None:
@@ -150,8 +188,8 @@ class _Run:
         text = text._replace(z_t=request.z_t)
     is_guided = request.decoder.guidance_scale is not None
     if is_guided and isinstance(self.config.decoder, KandinskyDecoderConfig):
-      null_z_i = programs.encode_zeros(own, config=config, dtype=self.dtype)
-      null_z_i = null_z_i.repeat(len(request.captions), axis=0)
+      rows = request.indices.shape[0]
+      null_z_i = self.run(programs.encode_zeros, own, config=config, rows=rows, dtype=self.dtype)
     self.report('clip', 'sampling')
     self._finish('clip', (text, null_text, null_z_i))
     return text, null_text, null_z_i
@@ -185,7 +223,8 @@ class _Run:
       def encode(tokens: Tokens) -> TextFeatures:
         ids, mask = tokens
         encoder = config.decoder_text
-        return programs.encode_decoder_text(own, ids, mask, config=encoder, dtype=self.dtype)
+        program = programs.encode_decoder_text
+        return self.run(program, own, ids, mask, config=encoder, dtype=self.dtype)
 
       text = null_text = encode(request.decoder_tokens)
       if request.null_decoder_tokens is not None:
@@ -204,9 +243,10 @@ class _Run:
     """Images, or latents, and the noise that they began from."""
     config, settings = self.config.decoder, self.request.decoder
     self.report('decoder', 'preparing')
-    keys = programs.stage_keys(self.key_b, stage=programs.DECODER)
-    x_start = _start(keys, image_shape(config), self.request.noise.decoder)
-    drawn = programs.sample_decoder(
+    keys = self.run(programs.stage_keys, self.key_b, stage=programs.DECODER)
+    x_start = self._start(keys, image_shape(config), self.request.noise.decoder)
+    drawn = self.run(
+      programs.sample_decoder,
       self.params['decoder'],
       self._with_known(prompt, 0),
       keys,
@@ -222,7 +262,8 @@ class _Run:
   def decode_latents(self, latents: Array) -> Array:
     """Images of what the decoder painted."""
     self.report('autoencoder', 'preparing')
-    image = programs.decode_latents(
+    image = self.run(
+      programs.decode_latents,
       self.params['autoencoder'],
       latents,
       config=self.config.autoencoder,
@@ -236,11 +277,12 @@ class _Run:
     """Larger images of those of the stage before, and the noise that they began from."""
     name, config, settings = f'upsampler_{i}', self.config.upsamplers[i], self.request.upsamplers[i]
     self.report(name, 'preparing')
-    keys = programs.stage_keys(self.key_b, stage=programs.UPSAMPLER + i)
-    x_start = _start(keys, image_shape(config), self.request.noise.upsamplers[i])
+    keys = self.run(programs.stage_keys, self.key_b, stage=programs.UPSAMPLER + i)
+    x_start = self._start(keys, image_shape(config), self.request.noise.upsamplers[i])
     # What an upsampler does not look at would be an argument of its program all the same.
     reads = isinstance(config, GlideUpsamplerConfig)
-    drawn = programs.sample_upsampler(
+    drawn = self.run(
+      programs.sample_upsampler,
       self.params[name],
       low,
       self._with_known(prompt, 1 + i) if reads else Prompt(None, None, None),
@@ -268,10 +310,11 @@ class _Run:
     noise: Any,
   ) -> tuple[Sampled, Array]:
     config, settings = self.config.prior, self.request.prior
-    keys = programs.stage_keys(self.key_b, stage=stage)
-    keys = programs.candidate_keys(keys, num_candidates=self.request.num_candidates)
-    x_start = _start(keys, (config.embed_dim,), noise)
-    drawn = programs.sample_prior(
+    keys = self.run(programs.stage_keys, self.key_b, stage=stage)
+    keys = self.run(programs.candidate_keys, keys, num_candidates=self.request.num_candidates)
+    x_start = self._start(keys, (config.embed_dim,), noise)
+    drawn = self.run(
+      programs.sample_prior,
       self.params['prior'],
       text,
       null_text,
@@ -283,6 +326,9 @@ class _Run:
       **self._static(config, settings),
     )
     return drawn, x_start
+
+  def _start(self, keys: Array, shape: tuple[int, ...], given: Any) -> Any:
+    return self.run(programs.draw_start, keys, shape=shape) if given is None else given
 
   def _static(self, config: Any, settings: StageSettings) -> dict[str, Any]:
     """What makes the program of a sampled stage another one."""
@@ -311,10 +357,6 @@ class _Run:
 def image_shape(stage: AnyDecoderConfig | AnyUpsamplerConfig) -> tuple[int, int, int]:
   """The shape of one image, or latent, of a stage."""
   return (stage.image_size, stage.image_size, stage.unet.in_channels)
-
-
-def _start(keys: Array, shape: tuple[int, ...], given: Any) -> Any:
-  return programs.draw_start(keys, shape=shape) if given is None else given
 
 
 def _place(rows: Any, mesh: Mesh | None) -> Any:

@@ -25,6 +25,7 @@ from unclip_jax.configs import (
   TextConfig,
   XlmRobertaConfig,
 )
+from unclip_jax.diffusion.guidance import Guidance
 from unclip_jax.diffusion.samplers import Trajectory, start_noise
 from unclip_jax.nn.clip import TextFeatures
 from unclip_jax.stages import (
@@ -93,12 +94,15 @@ def _precision(dtype: Any) -> contextlib.AbstractContextManager[None]:
 
 @jax.jit
 def image_keys(seed: Array, index_b: Array) -> Array:
-  """Typed keys [b] of the images `index_b` (uint32 [b]) of a seed (uint32 scalar).
+  """Typed keys [b] of the images `index_b` (uint32 [b]) of a seed (uint32, one or [b]).
 
   The generator is named, so that a seed keeps its images whatever JAX's default is.
   """
-  key = jax.random.key(seed, impl='threefry2x32')
-  return jax.vmap(lambda index: jax.random.fold_in(key, index))(index_b)
+
+  def image_key(seed: Array, index: Array) -> Array:
+    return jax.random.fold_in(jax.random.key(seed, impl='threefry2x32'), index)
+
+  return jax.vmap(image_key)(jnp.broadcast_to(seed, index_b.shape), index_b)
 
 
 @functools.partial(jax.jit, static_argnames=('stage',))
@@ -141,13 +145,14 @@ def encode_image(params: Params, image_bhwc: Array, *, config: ClipConfig, dtype
     return clip.encode_image(config, params, prepare(image_bhwc, config.vision.image_size), dtype)
 
 
-@functools.partial(jax.jit, static_argnames=('config', 'dtype'))
-def encode_zeros(params: Params, *, config: ClipConfig, dtype: Any) -> Array:
-  """float32 [1, d]: CLIP of a picture that is zero once standardised; Kandinsky's "no z_i"."""
+@functools.partial(jax.jit, static_argnames=('config', 'rows', 'dtype'))
+def encode_zeros(params: Params, *, config: ClipConfig, rows: int, dtype: Any) -> Array:
+  """float32 [rows, d]: CLIP of a picture that is zero once standardised; Kandinsky's "no z_i"."""
   size = config.vision.image_size
   image = jnp.asarray(config.pixel_mean)[None, None, None] * 2 - 1
   with _precision(dtype):
-    return clip.encode_image(config, params, jnp.broadcast_to(image, (1, size, size, 3)), dtype)
+    z_i = clip.encode_image(config, params, jnp.broadcast_to(image, (1, size, size, 3)), dtype)
+  return jnp.broadcast_to(z_i, (rows, z_i.shape[1]))
 
 
 @functools.partial(jax.jit, static_argnames=('config', 'dtype'))
@@ -205,7 +210,7 @@ def sample_prior(
   null_text: TextFeatures,
   key_bn: Array,
   plan: Step,
-  guidance_scale: Array | None,
+  guidance_scale: Array | Guidance | None,
   eta: Array,
   x_start_bnd: Array,
   *,
@@ -226,7 +231,7 @@ def sample_prior(
       null_text,
       key_bn.reshape(b * n),
       plan,
-      common.make_sampler(sampler, variance, eta),
+      common.make_sampler(sampler, variance, eta, config.diffusion.prediction),
       guidance_scale,
       x_start_bnd.reshape(b * n, d),
       with_trajectory,
@@ -246,7 +251,7 @@ def sample_decoder(
   prompt: Prompt,
   key_b: Array,
   plan: Step,
-  guidance_scale: Array | None,
+  guidance_scale: Array | Guidance | None,
   eta: Array,
   x_start: Array,
   *,
@@ -257,7 +262,7 @@ def sample_decoder(
   dtype: Any,
 ) -> Sampled:
   """Draws an image, or a latent, from each z_i and its caption."""
-  method = common.make_sampler(sampler, variance, eta)
+  method = common.make_sampler(sampler, variance, eta, config.diffusion.prediction)
   how = (key_b, plan, method, guidance_scale, x_start, with_trajectory, dtype)
   with _precision(dtype):
     if isinstance(config, GlideDecoderConfig):
@@ -310,7 +315,8 @@ def sample_upsampler(
   dtype: Any,
 ) -> Sampled:
   """Draws the large images of small ones."""
-  how = (key_b, plan, common.make_sampler(sampler, variance, eta), x_start, with_trajectory, dtype)
+  method = common.make_sampler(sampler, variance, eta, config.diffusion.prediction)
+  how = (key_b, plan, method, x_start, with_trajectory, dtype)
   with _precision(dtype):
     if isinstance(config, GlideUpsamplerConfig):
       given = (prompt.known, prompt.mask)

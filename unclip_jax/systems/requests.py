@@ -1,6 +1,7 @@
 """The arguments of `Unclip.sample`, checked against the model, as a request."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +21,8 @@ from unclip_jax.systems.pipeline import image_shape
 from unclip_jax.systems.samples import Request, StartNoise
 from unclip_jax.systems.settings import Sampling
 from unclip_jax.types import UnclipError
+
+_NO_STATISTICS: Mapping[str, np.ndarray] = MappingProxyType({})
 
 
 class Samplings(NamedTuple):
@@ -56,8 +59,9 @@ def make(
   given: Given,
   with_trajectories: bool,
   tile: Any,
+  eps_power: Mapping[str, np.ndarray] = _NO_STATISTICS,
 ) -> Request:
-  """The request of a call; `Unclip.sample` describes the arguments.
+  """The request of a call; `Unclip` and its `sample` describe the arguments.
 
   Raises:
     UnclipError: an argument is not as described there, or has no meaning for this model; names it.
@@ -65,8 +69,9 @@ def make(
   sees_z_i = config.decoder is not None and not isinstance(config.decoder, GlideDecoderConfig)
   captions = settings.check_prompts(prompts, allow_empty=given.z_i is not None)
   num_images = settings.check_count('the number of images', num_images)
-  first_image = settings.check_count('the index of the first image', first_image, 0)
-  settings.check_count('the index of the last image', first_image + num_images - 1, 0, 2**32 - 1)
+  seeds = _for_each('seed', seed, len(captions), settings.check_seed)
+  firsts = _for_each('index of the first image', first_image, len(captions), settings.check_first)
+  settings.check_last(max(firsts) + num_images - 1)
   settings.check_total(len(captions), num_images)
   captions = [caption for caption in captions for _ in range(num_images)]
   n = len(captions)
@@ -79,7 +84,7 @@ def make(
     )
   _check_effects(config, captions, samplings, num_candidates, given, negative_prompt)
   num_ups = settings.num_upsamplers(config, size)
-  prior, decoder, upsamplers = _resolve(config, samplings)
+  prior, decoder, upsamplers = _resolve(config, samplings, eps_power)
   guided = decoder.guidance_scale is not None or (
     given.z_i is None and prior is not None and prior.guidance_scale is not None
   )
@@ -104,8 +109,9 @@ def make(
     decoder_tokens=decoder_tokens,
     null_decoder_tokens=null_decoder_tokens,
     is_negative=negative_prompt is not None,
-    seed=np.uint32(settings.check_seed(seed)),
-    indices=np.uint32(first_image) + np.arange(n, dtype=np.uint32) % np.uint32(num_images),
+    seed=np.repeat(np.array(seeds, np.uint32), num_images),
+    indices=np.repeat(np.array(firsts, np.uint32), num_images)
+    + np.arange(n, dtype=np.uint32) % np.uint32(num_images),
     num_candidates=num_candidates,
     prior=prior,
     decoder=decoder,
@@ -118,6 +124,45 @@ def make(
     noise=_given_noise(config, given.start_noise, n, num_candidates, num_ups),
     with_trajectories=with_trajectories,
     tile=_tile(config, tile),
+  )
+
+
+def example(
+  config: UnclipConfig,
+  tokenizer: Tokenizer | None,
+  decoder_tokenizer: Tokenizer | None,
+  batch_size: int,
+  samplings: Samplings,
+  num_candidates: int | None,
+  size: int | None,
+  eps_power: Mapping[str, np.ndarray] = _NO_STATISTICS,
+) -> Request:
+  """A request of any captions, for what depends on shapes alone.
+
+  The arguments are those of `make`; where no prior makes z_i it is given.
+
+  Raises:
+    UnclipError: as `make`.
+  """
+  settings.check_count('the batch size', batch_size)
+  is_varied = config.prior is None and config.clip is not None
+  z_i = np.zeros((1, config.clip.embed_dim), np.float32) if is_varied else None
+  return make(
+    config,
+    tokenizer,
+    decoder_tokenizer,
+    [''] if is_varied else ['a'],
+    0,
+    batch_size,
+    0,
+    None,
+    samplings,
+    num_candidates,
+    size,
+    Given(None, z_i, None, None, None, None),
+    False,
+    None,
+    eps_power,
   )
 
 
@@ -134,6 +179,17 @@ def stages(config: UnclipConfig, request: Request) -> list[str]:
   }
   upsamplers = [f'upsampler_{i}' for i in range(len(request.upsamplers))]
   return [name for name, runs in needed.items() if runs] + upsamplers
+
+
+def _for_each(what: str, value: Any, num_prompts: int, check: Callable[[object], int]) -> list[int]:
+  """What holds for all prompts or was given for each, checked."""
+  if not isinstance(value, Sequence | np.ndarray) or isinstance(value, str | bytes):
+    return [check(value)] * num_prompts
+  if len(value) != num_prompts:
+    raise UnclipError(
+      f'there are {len(value)} of the {what} and {num_prompts} prompts: give one, or one for each'
+    )
+  return [check(one) for one in value]
 
 
 def _check_effects(
@@ -167,7 +223,9 @@ def _check_effects(
     )
 
 
-def _resolve(config: UnclipConfig, asked: Samplings) -> tuple[Any, Any, tuple[Any, ...]]:
+def _resolve(
+  config: UnclipConfig, asked: Samplings, eps_power: Mapping[str, np.ndarray]
+) -> tuple[Any, Any, tuple[Any, ...]]:
   """Settings of prior, decoder and all upsamplers, also where an earlier size is the end."""
   if not isinstance(asked.upsampler, Sampling):
     raise UnclipError(f'upsampler: give a Sampling, not {type(asked.upsampler).__name__}')
@@ -175,7 +233,8 @@ def _resolve(config: UnclipConfig, asked: Samplings) -> tuple[Any, Any, tuple[An
     raise UnclipError('upsampler: it is not guided; give the guidance scale to the decoder')
 
   def resolve(name: str, stage: Any, sampling: Sampling) -> settings.StageSettings:
-    return settings.resolve(name, stage.diffusion, stage.sampling, sampling)
+    power = eps_power.get(name.replace(' ', '_'))
+    return settings.resolve(name, stage.diffusion, stage.sampling, sampling, power)
 
   prior = None
   if config.prior is not None:

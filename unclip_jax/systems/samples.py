@@ -1,5 +1,6 @@
 """What a call of `unclip` asks for and what it gives, as arrays with one row an image."""
 
+from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ OF_ROWS = (
   'null_tokens',
   'decoder_tokens',
   'null_decoder_tokens',
+  'seed',
   'indices',
   'z_t',
   'z_i',
@@ -100,8 +102,8 @@ class Request(NamedTuple):
     decoder_tokens: of the captions, as the decoder's own text encoder reads them; None without.
     null_decoder_tokens: the same of null_tokens.
     is_negative: whether guidance leads away from a caption that the caller gave.
-    seed: uint32.
-    indices: uint32 [b], the images' indices within the seed.
+    seed: uint32 [b], of each image.
+    indices: uint32 [b], the images' indices within their seeds.
     num_candidates: embeddings that the prior draws for each image.
     prior: settings, as the next two.
     decoder: settings.
@@ -122,7 +124,7 @@ class Request(NamedTuple):
   decoder_tokens: Tokens | None
   null_decoder_tokens: Tokens | None
   is_negative: bool
-  seed: np.uint32
+  seed: np.ndarray
   indices: np.ndarray
   num_candidates: int
   prior: StageSettings | None
@@ -164,12 +166,8 @@ def concatenate(parts: list[Samples]) -> Samples:
   return joined._replace(prompts=prompts, trajectories=trajectories)
 
 
-def check_finite(samples: Samples) -> None:
-  """A NaN would else be a black picture, which nobody could explain.
-
-  Raises:
-    UnclipError: a stage made one; names it.
-  """
+def of_stages(samples: Samples) -> dict[str, Array | np.ndarray]:
+  """What each stage made, by its name, in their order."""
   upsamplers = [f'upsampler_{i}' for i in range(len(samples.stage_images) - 1)]
   first = 'decoder' if samples.latents is None else 'autoencoder'
   made = zip(
@@ -177,8 +175,20 @@ def check_finite(samples: Samples) -> None:
     (samples.z_t, samples.z_i, samples.latents, *samples.stage_images),
     strict=True,
   )
-  for name, array in made:
-    if array is not None and not np.isfinite(array).all():
+  return {name: array for name, array in made if array is not None}
+
+
+def check_finite(is_finite: Mapping[str, bool | np.ndarray]) -> None:
+  """A NaN would else be a black picture, which nobody could explain.
+
+  Args:
+    is_finite: stage -> whether all that it made is, in the order of the stages.
+
+  Raises:
+    UnclipError: a stage made one; names the first.
+  """
+  for name, finite in is_finite.items():
+    if not finite:
       raise UnclipError(
         f'the {name} made a NaN or an infinity: take the dtype float32, or other weights'
       )

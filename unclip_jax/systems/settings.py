@@ -10,12 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from unclip_jax.configs import DiffusionConfig, SamplingConfig, UnclipConfig
-from unclip_jax.diffusion.schedule import FAST27_STEPS
+from unclip_jax.diffusion.guidance import Guidance
+from unclip_jax.diffusion.schedule import FAST27_STEPS, with_eps_power
 from unclip_jax.stages import common
 from unclip_jax.types import Step, UnclipError
 
-DTYPES = ('float32', 'bfloat16')
-_MAX_SEED = 2**32 - 1
+DTYPES = ('float32', 'bfloat16', 'float16')
+_LISTED_DTYPES = 'float32, bfloat16 or float16'
+_MAX_SEED = _MAX_INDEX = 2**32 - 1
 _MAX_NUMBER = float(np.finfo(np.float32).max)
 _MAX_IMAGES = 10_000  # of a call, which holds them all
 
@@ -26,11 +28,14 @@ class Sampling:
 
   Attributes:
     num_steps: denoising steps, at most those of the schedule.
-    sampler: 'ddpm' (ancestral) or 'ddim'.
+    sampler: one of `common.SAMPLERS`: 'ddpm' (ancestral), 'ddim', 'dpmpp_2m', 'unipc', ...
     guidance_scale: 0 or more; 1 is conditional only and costs half. Not for upsamplers.
-    eta: of ddim, from 0 (deterministic) to 1 (the noise of ddpm).
+    eta: of ddim and analytic, from 0 (deterministic) to 1 (the noise of ddpm).
     variance: of ddpm, 'fixed_small', 'fixed_large' or 'learned'.
-    spacing: of the timesteps, 'strided', 'karlo', 'fast27', 'leading' or 'trailing'.
+    spacing: of the timesteps, one of `common.SPACINGS`: 'strided', 'trailing', 'log_snr', ...
+    guidance_rescale: from 0 to 1, the share of the contrast that guidance adds which is taken back.
+    guidance_interval: (from, to), in shares of the schedule from 0 (x_0) to 1 (noise): steps
+      outside are conditional only, at half the cost.
   """
 
   num_steps: int | None = None
@@ -39,21 +44,23 @@ class Sampling:
   eta: float | None = None
   variance: str | None = None
   spacing: str | None = None
+  guidance_rescale: float | None = None
+  guidance_interval: tuple[float, float] | None = None
 
 
 class StageSettings(NamedTuple):
   """A stage's settings, ready for its program.
 
   Attributes:
-    plan: the transitions, Step of numpy arrays [num_steps].
-    guidance_scale: float32 scalar, or None where there is no guidance.
+    plan: the transitions, Step of numpy arrays [n].
+    guidance_scale: float32 scalar, None where there is no guidance, or all that there is to it.
     eta: float32 scalar.
-    sampler: 'ddpm' or 'ddim'.
+    sampler: one of `common.SAMPLERS`.
     variance: of ddpm.
   """
 
   plan: Step
-  guidance_scale: np.float32 | None
+  guidance_scale: np.float32 | Guidance | None
   eta: np.float32
   sampler: str
   variance: str
@@ -73,8 +80,14 @@ def merge(default: SamplingConfig, asked: Sampling) -> SamplingConfig:
 def describe(default: SamplingConfig, asked: Sampling) -> dict[str, Any]:
   """The settings that have an effect, ready for json.dumps."""
   used = dataclasses.asdict(merge(default, asked))
-  del used['variance' if used['sampler'] == 'ddim' else 'eta']
-  if used['spacing'] != 'leading':
+  if used['sampler'] != 'ddpm':
+    del used['variance']
+  if used['sampler'] not in common.WITH_ETA:
+    del used['eta']
+  for name, unused in (('guidance_rescale', 0.0), ('guidance_interval', None)):
+    if used[name] == unused:
+      del used[name]
+  if used['spacing'] not in ('leading', 'inner'):
     del used['offset']
   if used['to_x_0']:
     del used['to_x_0']
@@ -88,7 +101,11 @@ def summary(sampling: SamplingConfig) -> str:
 
 
 def resolve(
-  name: str, diffusion: DiffusionConfig, default: SamplingConfig, asked: Sampling
+  name: str,
+  diffusion: DiffusionConfig,
+  default: SamplingConfig,
+  asked: Sampling,
+  eps_power: np.ndarray | None = None,
 ) -> StageSettings:
   """The settings of one stage: those asked for, the model's own for the rest.
 
@@ -97,6 +114,7 @@ def resolve(
     diffusion: the stage's.
     default: the stage's own settings.
     asked: what the caller wants otherwise.
+    eps_power: [T] of the stage, which analytic needs.
 
   Raises:
     UnclipError: a setting does not exist, is out of range, or would be without effect.
@@ -110,10 +128,18 @@ def resolve(
   except UnclipError as error:
     raise UnclipError(f'{name}: {error}') from error
   check_count(f'{name}: the number of steps', sampling.num_steps)
-  if sampling.sampler == 'ddpm' and asked.eta is not None:
-    raise UnclipError(f'{name}: eta is without effect on ddpm: take the sampler ddim with it')
-  if sampling.sampler == 'ddim' and asked.variance is not None:
-    raise UnclipError(f'{name}: the variance is without effect on ddim: take eta, or ddpm')
+  kind = sampling.sampler
+  if kind not in common.WITH_ETA and asked.eta is not None:
+    raise UnclipError(f'{name}: eta is without effect on {kind}: take the sampler ddim with it')
+  if kind != 'ddpm' and asked.variance is not None:
+    raise UnclipError(f'{name}: the variance is without effect on {kind}: take ddpm with it')
+  if kind == 'analytic':
+    if eps_power is None:
+      raise UnclipError(
+        f'{name}: analytic needs statistics that this model came without: measure them '
+        '(experiments/emoji/measure_noise.py), or take another sampler'
+      )
+    plan = with_eps_power(plan, eps_power)
   learned = sampling.sampler == 'ddpm' and sampling.variance == 'learned'
   if learned and not diffusion.learned_variance:
     raise UnclipError(
@@ -125,8 +151,36 @@ def resolve(
     raise UnclipError(f'{name}: guidance scale {scale:g} is negative: take 0 or more')
   if not 0 <= eta <= 1:
     raise UnclipError(f'{name}: eta {eta:g} is not within 0..1')
-  guidance_scale = None if scale == 1 else np.float32(scale)
+  guidance_scale = _guidance(name, diffusion, sampling, plan, scale)
   return StageSettings(plan, guidance_scale, np.float32(eta), sampling.sampler, sampling.variance)
+
+
+def _guidance(
+  name: str, diffusion: DiffusionConfig, sampling: SamplingConfig, plan: Step, scale: float
+) -> np.float32 | Guidance | None:
+  """The guidance of a stage, None where nothing is guided."""
+  rescale = check_number(f'{name}: guidance rescale', sampling.guidance_rescale)
+  if not 0 <= rescale <= 1:
+    raise UnclipError(f'{name}: guidance rescale {rescale:g} is not within 0..1')
+  is_on = None
+  if sampling.guidance_interval is not None:
+    try:
+      ends = tuple(map(float, sampling.guidance_interval))
+    except (TypeError, ValueError):
+      ends = ()
+    if len(ends) != 2 or not 0 <= ends[0] < ends[1] <= 1:
+      raise UnclipError(
+        f'{name}: guidance interval {sampling.guidance_interval!r}: give two numbers within 0..1 '
+        'that rise'
+      )
+    share = plan.t / max(diffusion.num_steps - 1, 1)
+    is_on = (ends[0] <= share) & (share <= ends[1])
+    is_on = None if is_on.all() else is_on
+  if scale == 1 or (is_on is not None and not is_on.any()):
+    return None
+  if not rescale and is_on is None:
+    return np.float32(scale)
+  return Guidance(np.float32(scale), np.float32(rescale) if rescale else None, is_on)
 
 
 def check_prompts(prompts: str | Sequence[str], allow_empty: bool = False) -> list[str]:
@@ -202,16 +256,26 @@ def check_callable(what: str, value: object) -> None:
     raise UnclipError(f'{what} must be a function, not {value!r}')
 
 
-def check_seed(seed: object) -> int:
+def check_seed(seed: object, what: str = 'the seed') -> int:
   """`seed` within 0..2^32 - 1; as `check_count`."""
-  return check_count('the seed', seed, 0, _MAX_SEED)
+  return check_count(what, seed, 0, _MAX_SEED)
+
+
+def check_first(index: object) -> int:
+  """`index` of a prompt's first image; as `check_count`."""
+  return check_count('the index of the first image', index, 0)
+
+
+def check_last(index: object) -> int:
+  """`index` of a prompt's last image; as `check_count`."""
+  return check_count('the index of the last image', index, 0, _MAX_INDEX)
 
 
 def check_dtype(dtype: Any) -> np.dtype:
   """The dtype that networks compute in.
 
   Raises:
-    UnclipError: it is neither float32 nor bfloat16.
+    UnclipError: it is none of `DTYPES`.
   """
   try:
     found = jnp.dtype(dtype)
@@ -219,7 +283,7 @@ def check_dtype(dtype: Any) -> np.dtype:
     found = None
   if found is None or found.name not in DTYPES:
     name = dtype if found is None else found.name
-    raise UnclipError(f'there is no dtype {name!r} here: take {" or ".join(DTYPES)}')
+    raise UnclipError(f'there is no dtype {name!r} here: take {_LISTED_DTYPES}')
   return found
 
 

@@ -49,6 +49,8 @@ class Unclip:
     mesh: the devices that a batch is spread over, None for the default one.
     vocabulary: the words that it was trained on, None where the model does not say.
     decoder_tokenizer: of a decoder with a text encoder of its own.
+    eps_power: of stages, [T] the mean square of the noise that they predict, which the sampler
+      analytic needs.
   """
 
   config: UnclipConfig
@@ -58,6 +60,7 @@ class Unclip:
   mesh: Mesh | None = None
   vocabulary: Vocabulary | None = None
   decoder_tokenizer: Tokenizer | None = None
+  eps_power: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
   def __repr__(self) -> str:
     made = ' or '.join(map(str, settings.sizes(self.config))) or 'no'
@@ -102,10 +105,10 @@ class Unclip:
   def sample(
     self,
     prompts: str | Sequence[str],
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     num_images: int = 1,
     *,
-    first_image: int = 0,
+    first_image: int | Sequence[int] = 0,
     negative_prompt: str | None = None,
     prior: Sampling = _AS_THE_MODEL,
     decoder: Sampling = _AS_THE_MODEL,
@@ -130,10 +133,11 @@ class Unclip:
       prompts: one or several captions. What one has beyond the model's context length is cut, with
         a UserWarning that shows it; another one names words that the model never saw, and the
         nearest that it knows. Empty prompts are for z_i that are given.
-      seed: 0 to 2^32 - 1.
-      num_images: for each prompt; at most 10,000 pictures a call, which holds them all.
-      first_image: the index of each prompt's first image: images 4 and 5 of a seed are
-        `first_image=4, num_images=2`.
+      seed: 0 to 2^32 - 1; one for all prompts, or one for each.
+      num_images: for each prompt; at most 10,000 pictures a call, which holds them all:
+        `systems.series` draws any number.
+      first_image: the index of each prompt's first image, one for all or one for each: images 4 and
+        5 of a seed are `first_image=4, num_images=2`.
       negative_prompt: what guidance leads away from; without one, the empty caption.
       prior: how the prior is sampled, where not as the model says.
       decoder: the same for the decoder.
@@ -178,6 +182,7 @@ class Unclip:
       requests.Given(z_t, z_i, image, mask, noise_level, start_noise),
       with_trajectories,
       tile,
+      self.eps_power,
     )
     for stage in requests.stages(model.config, request):
       self._check_has(stage)
@@ -186,7 +191,7 @@ class Unclip:
     self._warn([notices.of_cut(reader, text) for reader in readers if reader for text in texts])
     self._warn([self._notice_of_unseen(text) for text in texts])
     n = len(request.captions)
-    return model._run(request, self._batch_size(n, batch_size), progress, on_batch)
+    return model._run(request, self.batch_size(n, batch_size), progress, on_batch)
 
   def encode_text(self, texts: str | Sequence[str]) -> Array:
     """CLIP's embeddings z_t of captions, float32 [n, embed_dim].
@@ -249,8 +254,15 @@ class Unclip:
         on_batch(parts[-1])
     return samples.concatenate(parts)
 
-  def _batch_size(self, n: int, most: int | None) -> int:
-    """A power of two if it may be: few sizes, so few programs, whatever numbers are asked for."""
+  def batch_size(self, n: int, most: int | None = None) -> int:
+    """How many images go through a stage together where n are wanted, at most `most`.
+
+    A power of two if it may be: few sizes, so few programs, whatever numbers are asked for. Of
+    several devices a multiple, which can be more than `most`.
+
+    Raises:
+      UnclipError: `most` is no whole number, or not positive.
+    """
     if most is None:
       most = 4 if jax.default_backend() == 'cpu' else 16
     settings.check_count('the batch size', most)
@@ -303,30 +315,37 @@ def load(
   prior: str | Any = None,
   lora: str | Any | Sequence[str | Any] = (),
   lora_strength: float = 1.0,
+  model_devices: int = 1,
 ) -> Unclip:
   """Opens a model: the one that comes with the package, or a folder.
 
   Args:
     model: 'default', or the folder of a model or of a training run (`gs://` and the like work),
       or a model of a hub, 'owner/name' or 'owner/name@revision'.
-    dtype: what networks compute in and parameters are held in, 'float32' or 'bfloat16'.
-    num_devices: over how many devices a batch is spread.
+    dtype: what networks compute in and parameters are held in, 'float32', 'bfloat16' or 'float16'.
+    num_devices: on how many devices it runs; a batch is spread over num_devices / model_devices.
     offload: keep the parameters in the host's memory, and each stage's on the devices only while
       it runs.
     prior: a model whose CLIP and prior are taken: Kandinsky is published as two, and Stable unCLIP
       without one.
     lora: one or several files of adapters, of `train_prior --lora` and the like, that are added.
     lora_strength: what adapters are multiplied by.
+    model_devices: how many devices share one copy of the parameters, for a model that is too large
+      for one; divides num_devices.
 
   Raises:
     UnclipError: there is no such model, one of its files is missing, damaged, or belongs to another
-      architecture, or there are not so many devices; the message names the culprit and the remedy.
+      architecture, or the devices are too few or do not divide; the message names the culprit and
+      the remedy.
   """
   dtype = settings.check_dtype(dtype)
   settings.check_count('the number of devices', num_devices)
+  settings.check_count('model_devices', model_devices)
   files = [lora] if isinstance(lora, str | os.PathLike) else list(lora)
   strength = settings.check_number('the strength of adapters', lora_strength)
-  opened, params, mesh = load_parts(model, dtype, num_devices, offload, prior, files, strength)
+  opened, params, mesh = load_parts(
+    model, dtype, num_devices, model_devices, offload, prior, files, strength
+  )
   return Unclip(
     opened.config,
     params,
@@ -335,6 +354,7 @@ def load(
     mesh,
     opened.vocabulary,
     opened.decoder_tokenizer,
+    opened.eps_power,
   )
 
 

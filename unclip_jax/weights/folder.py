@@ -9,6 +9,10 @@ The folder is the same whether shipped, trained, converted or on a hub. `unclip.
    "tokenizer": "tokenizer.json",                absent where the decoder alone reads captions
    "decoder_tokenizer": "decoder_tokenizer.json", of a decoder with a text encoder of its own
    "vocabulary": "vocabulary.json"}              may be absent; see `unclip_jax.data.vocabulary`
+
+`eps_power.safetensors` may lie beside it: of diffusion stages, by their names, float32 vectors of
+the mean square of the noise that the network predicts at each timestep. Who does not know it passes
+it over.
 """
 
 import functools
@@ -19,16 +23,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 from etils import epath
 
 from unclip_jax import git_lfs
 from unclip_jax.types import Params, UnclipError
-from unclip_jax.weights.safetensors import load_params, save_params, write_atomically
+from unclip_jax.weights.safetensors import (
+  load_params,
+  load_vectors,
+  save_params,
+  write_atomically,
+)
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = 'unclip.json'
 TOKENIZER_NAME, DECODER_TOKENIZER_NAME = 'tokenizer.json', 'decoder_tokenizer.json'
 VOCABULARY_NAME = 'vocabulary.json'
+EPS_POWER_NAME = 'eps_power.safetensors'
 _KEYS = {'format_version', 'written_by', 'config', 'stages'}
 _TOKENIZERS = {'tokenizer': TOKENIZER_NAME, 'decoder_tokenizer': DECODER_TOKENIZER_NAME}
 _OPTIONAL_KEYS = {*_TOKENIZERS, 'vocabulary'}
@@ -65,6 +76,7 @@ def write_model(
   vocabulary: Mapping[str, Any] | None = None,
   ending: Literal['.safetensors', '.orbax'] = '.safetensors',
   decoder_tokenizer_file: os.PathLike[str] | str | None = None,
+  eps_power: Mapping[str, np.ndarray] | None = None,
 ) -> None:
   """Writes a model folder. Each file appears whole or not at all, `unclip.json` as the last.
 
@@ -79,6 +91,7 @@ def write_model(
     vocabulary: what JSON can hold, the content of vocabulary.json; None is a model without one.
     ending: of the stages, safetensors files or Orbax checkpoints, which are folders.
     decoder_tokenizer_file: copied, of a decoder with a text encoder of its own.
+    eps_power: as for `write_eps_power`. What is there of a stage that is written anew goes.
 
   Raises:
     UnclipError: a parameter holds a NaN, or a file cannot be read or written.
@@ -102,6 +115,7 @@ def write_model(
   for file in tokenizers.values():
     if not file.exists():
       raise UnclipError(f'there is no tokenizer {file}: check the path')
+  _keep_eps_power(folder, dict(eps_power or {}), params)
   for name, stage_params in params.items():
     if ending == '.orbax':
       from unclip_jax.weights.checkpoint import save_tree  # takes seconds to import
@@ -185,6 +199,42 @@ def read_stage(
       f'the model {folder} has no stage {name!r}: it has {", ".join(stages) or "none"}'
     )
   return load_params(stages[name], expected, dtype)
+
+
+def read_eps_power(folder: os.PathLike[str] | str) -> dict[str, np.ndarray]:
+  """Of stages, float32 [T] the mean square of predicted noise, of a folder without them {}.
+
+  Raises:
+    UnclipError: the file is damaged.
+  """
+  path = epath.Path(folder) / EPS_POWER_NAME
+  return load_vectors(path) if path.exists() else {}
+
+
+def write_eps_power(folder: os.PathLike[str] | str, eps_power: Mapping[str, np.ndarray]) -> None:
+  """Adds to a model folder what was measured of its stages, [T] each; that of others stays.
+
+  Raises:
+    UnclipError: one holds a NaN, or the file there cannot be read, or not be written.
+  """
+  folder = epath.Path(folder)
+  save_params(folder / EPS_POWER_NAME, {**read_eps_power(folder), **eps_power})
+
+
+def _keep_eps_power(
+  folder: epath.Path, given: dict[str, np.ndarray], written: Mapping[str, Params]
+) -> None:
+  """Of the statistics those that are given, and those of stages that stay as they are."""
+  path = folder / EPS_POWER_NAME
+  if not path.exists():
+    kept = given
+  else:
+    there = read_eps_power(folder)
+    kept = {name: power for name, power in there.items() if name not in written} | given
+    if not kept:
+      path.unlink()
+  if kept:
+    save_params(path, kept)
 
 
 def _check_version(path: epath.Path, version: object) -> None:

@@ -1,0 +1,111 @@
+"""Programs compiled ahead: `generate` with the same settings finds all of them."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+from tiny_model import CONFIG, TEXTS, write_tiny_model
+
+from unclip_jax import Sampling
+from unclip_jax.cli import main
+from unclip_jax.data.tokenizer import Tokenizer
+from unclip_jax.systems import ahead, requests
+
+SETTINGS = (
+  *('--prior-steps', '2', '--prior-candidates', '1', '--decoder-sampler', 'ddim'),
+  *('--decoder-guidance', '1', '--size', '16'),
+)
+
+
+def run(folder, devices, *args):
+  """The command in a process of its own, with a cache of its own; groups of 2 share parameters."""
+  env = os.environ | {
+    'JAX_PLATFORMS': 'cpu',
+    'JAX_COMPILATION_CACHE_DIR': str(folder / 'cache'),
+    'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+  }
+  if devices > 1:
+    args += ('--devices', str(devices), '--model-devices', '2')
+  command = [sys.executable, '-m', 'unclip_jax', *args]
+  done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
+  return done, {path.name for path in (folder / 'cache').glob('*-cache')}
+
+
+@pytest.mark.parametrize('devices', [1, 4])
+def test_generate_compiles_nothing_after_compile(tmp_path, devices):
+  write_tiny_model(tmp_path / 'model')
+  for weights in (tmp_path / 'model').glob('*.safetensors'):
+    weights.rename(weights.with_suffix('.aside'))
+    weights.write_bytes(b'')
+  sizes = ('--batch-sizes', '2,4') if devices == 1 else ('--batch-sizes', '4')
+  done, compiled = run(tmp_path, devices, 'compile', 'model', *sizes, *SETTINGS)
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.count('decoder') == len(sizes[1].split(','))
+  assert str(tmp_path / 'cache') in done.stdout
+  assert len(compiled) > 10
+  for weights in (tmp_path / 'model').glob('*.aside'):
+    weights.rename(weights.with_suffix('.safetensors'))
+  arguments = ('generate', *TEXTS, '--model', 'model', *SETTINGS)
+  done, after = run(tmp_path, devices, *arguments)
+  assert done.returncode == 0, done.stderr
+  assert after == compiled
+  # What needs other programs does compile them: the comparison above can fail.
+  done, more = run(tmp_path, devices, *arguments, '--prior-sampler', 'ddim')
+  assert done.returncode == 0, done.stderr
+  assert more > compiled
+
+
+def test_a_batch_that_does_not_divide_is_refused(tmp_path):
+  write_tiny_model(tmp_path / 'model')
+  done, _ = run(tmp_path, 4, 'compile', 'model', '--batch-sizes', '4,3')
+  assert done.returncode == 1
+  assert 'a batch of 3 cannot be spread over 2 devices: take a multiple of 2' in done.stderr
+
+
+def test_what_is_cached_is_counted(tmp_path):
+  text = CONFIG.clip.text
+  tokenizer = Tokenizer.train(TEXTS * 3, text.vocab_size, text.context_length)
+  as_is = Sampling()
+  samplings = requests.Samplings(as_is, as_is, as_is)
+  request = requests.example(CONFIG, tokenizer, None, 1, samplings, None, 16)
+  told = []
+  stages = ahead.compile_stages(CONFIG, request, 'float32', report=told.append)
+  assert [stage.stage for stage in stages] == ['clip', 'prior', 'decoder'] == told
+  clip, prior, decoder = stages
+  # One for keys, one for the text (the empty caption's is the same); and the images in the end.
+  assert (clip.num_programs, prior.num_programs, decoder.num_programs) == (2, 4, 4)
+  assert clip.argument_bytes > request.tokens.ids.nbytes
+  assert decoder.argument_bytes > prior.argument_bytes > 0 and decoder.temp_bytes > 0
+  assert all(stage.num_cached == 0 and stage.seconds > 0 for stage in stages)
+
+
+@pytest.fixture
+def cache(tmp_path):
+  """A cache of programs for this process; nothing is compiled while it is there."""
+  before = jax.config.jax_compilation_cache_dir
+  jax.config.update('jax_compilation_cache_dir', str(tmp_path / 'cache'))
+  yield
+  jax.config.update('jax_compilation_cache_dir', before)
+
+
+@pytest.mark.parametrize(
+  ('args', 'words'),
+  [
+    (['--batch-sizes', '1,x'], "--batch-sizes '1,x': give whole numbers"),
+    (['--batch-sizes', '0'], 'give whole numbers from 1 on'),
+    (['--devices', '2'], '2 devices were asked for, there are 1'),
+    (['--size', '20'], 'no size 20'),
+    (['--dtype', 'float8'], 'float32, bfloat16 or float16'),
+    (['--decoder-steps', '0'], 'decoder: sampling steps: 0 is too few'),
+  ],
+)
+@pytest.mark.usefixtures('cache')
+def test_slips_are_one_line(tmp_path, capsys, args, words):
+  model = write_tiny_model(tmp_path)
+  with pytest.raises(SystemExit) as stop:
+    main(['compile', str(model), *args])
+  assert stop.value.code in (1, 2)
+  (line,) = capsys.readouterr().err.splitlines()
+  assert words in line

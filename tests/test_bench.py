@@ -1,0 +1,335 @@
+"""What a benchmark measures, says and refuses; no assertion on how long anything takes."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from tiny_model import load_tiny, write_tiny_model
+
+from experiments import bench_sampling
+from unclip_jax.cli import main
+from unclip_jax.config_json import override
+from unclip_jax.measure import peaks, report, timing
+from unclip_jax.presets import preset
+from unclip_jax.systems import bench, bench_figures, bench_subject, stage_calls
+from unclip_jax.systems.loading import expected_params
+from unclip_jax.weights.safetensors import named_leaves
+
+ROOT = Path(__file__).parent.parent
+# One level: programs are compiled more than once here.
+CONFIG = override(
+  preset('tiny'),
+  [
+    'clip.text.depth=1',
+    'decoder.unet.multipliers=[1]',
+    'decoder.unet.attention_levels=[0]',
+    'upsamplers.0.unet.multipliers=[1]',
+  ],
+)
+SMALL_PEAKS = {'_SIDE': {'cpu': 64}, '_BYTES': {'cpu': 2**16}}
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _small_peaks():
+  with pytest.MonkeyPatch.context() as patch:
+    for name, value in SMALL_PEAKS.items():
+      patch.setattr(peaks, name, value)
+    yield
+
+
+@pytest.fixture(scope='module')
+def results():
+  options = bench_subject.Options(batch_sizes=(2,), steps=(4, 3, 2), guided=True, rounds=2)
+  return bench.measure(bench_subject.of_preset('tiny', CONFIG), options)
+
+
+def run(*args: object) -> int:
+  try:
+    main(['bench', *map(str, args)])
+  except SystemExit as stop:
+    return stop.code or 0
+  return 0
+
+
+def field_names(value):
+  """Of all dicts, but for those whose keys are names of stages, or of what the user chose."""
+  if isinstance(value, dict):
+    for key, each in value.items():
+      yield key
+      if key not in ('steps', 'samplers', 'versions', 'contenders', 'notes'):
+        yield from field_names(each)
+      elif key == 'contenders':
+        for contender in each.values():
+          yield from field_names(contender)
+  elif isinstance(value, list):
+    for each in value:
+      yield from field_names(each)
+
+
+def test_all_stages_and_the_whole_are_measured(results):
+  stages = ['clip', 'prior', 'decoder', 'upsampler_0']
+  measured = [(e['stage'], e['batch_size'], e['devices']) for e in results['stages']]
+  assert measured == [(stage, 2, 1) for stage in stages]
+  assert [e['batch_size'] for e in results['end_to_end']] == [2]
+  assert [e['steps'] for e in results['stages']] == [None, 4, 3, 2]
+  assert results['about']['guided'] == ['prior', 'decoder']
+  for entry in [*results['stages'], *results['end_to_end']]:
+    times = entry['seconds']
+    assert len(times['values']) == 2
+    assert 0 < times['least'] <= times['median'] <= times['most']
+    assert entry['images_per_second'] == pytest.approx(entry['batch_size'] / times['median'])
+  for entry in results['end_to_end']:
+    assert entry['first_image_seconds'] > entry['seconds']['most']
+
+
+def test_flops_of_the_programs_are_within_two_percent_of_those_counted_by_hand(results):
+  counted = [e for e in results['stages'] if e['analytic_flops'] is not None]
+  assert {e['stage'] for e in counted} == {'prior', 'decoder', 'upsampler_0'}
+  for entry in counted:
+    assert entry['matmul_flops'] == pytest.approx(entry['analytic_flops'], rel=0.02)
+    assert entry['flops'] > entry['matmul_flops']
+
+
+def test_shares_are_of_the_peaks_of_the_run(results):
+  for entry in results['stages']:
+    took = entry['seconds']['median']
+    for amount, share, peak in (
+      ('matmul_flops', 'share_of_matmul_peak', 'flops_per_second'),
+      ('bytes', 'share_of_copy', 'bytes_per_second'),
+    ):
+      expected = entry[amount] / took / results['peaks'][peak]
+      assert entry[share] == pytest.approx(expected)
+  assert results['peaks']['skinny_rows'] == 6
+
+
+def test_the_memory_of_a_program_holds_its_parameters(results):
+  config = bench_subject.of_preset('tiny', CONFIG).config
+  for entry in results['stages']:
+    leaves = named_leaves(expected_params(config)[entry['stage']]).values()
+    # A program without the image tower, and one that reads no temperature, leave those out.
+    assert entry['program_bytes'] > 0.8 * sum(4 * leaf.size for leaf in leaves)
+    assert entry['peak_bytes'] > entry['program_bytes']
+
+
+def test_each_field_is_documented(results):
+  names = set(field_names(results))
+  assert {'compile_seconds', 'skinny_rows', 'weights_bytes_per_second'} <= names
+  missing = {name for name in names if name not in bench_sampling.__doc__}
+  assert not missing
+
+
+def test_json_has_what_was_measured(results, tmp_path):
+  report.write_json(tmp_path / 'a.json', results)
+  assert json.loads((tmp_path / 'a.json').read_text()) == results
+
+
+def test_text_fits_into_100_columns_and_begins_with_what_ran_where(results):
+  lines = report.to_text(results).splitlines()
+  assert max(map(len, lines)) <= 100
+  head = '\n'.join(lines[:7])
+  for what in ('tiny (random weights), float32', jax.__version__, '2 rounds', 'threads'):
+    assert what in head
+
+
+def test_a_busy_machine_is_told_of(results):
+  texts = [
+    report.to_text({**results, 'about': {**results['about'], 'load': load}}) for load in (0.1, 3.0)
+  ]
+  assert 'BUSY' not in texts[0] and 'the load was 3.0' in texts[1]
+
+
+def test_a_plot_is_a_picture(results, tmp_path):
+  report.plot(tmp_path / 'a.png', results)
+  assert (tmp_path / 'a.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_recorded_calls_are_those_of_sampling(tmp_path):
+  model = load_tiny(tmp_path / 'model')
+  subject = bench_subject.of_model(str(tmp_path / 'model'), 'float32')
+  options = bench_subject.Options()
+  calls = stage_calls.record(
+    model.config, bench_subject.make_request(subject, options, 1), model.dtype, None
+  )
+  caption = bench_subject.CAPTION
+  samples = model.sample(caption, size=model.config.decoder.image_size)
+  (clip, null), (prior,) = calls['clip'], calls['prior']
+  assert null.is_compiled_by(clip) and not prior.is_compiled_by(clip)
+  text, null_text = (
+    call.lower(model.params['clip']).compile()(model.params['clip'], *call.args.values())
+    for call in (clip, null)
+  )
+  np.testing.assert_allclose(text.z_t, samples.z_t, rtol=1e-6)
+  prior = prior._replace(args={**prior.args, 'text': text, 'null_text': null_text})
+  own = model.params['prior']
+  drawn = prior.lower(own).compile()(own, *prior.args.values())
+  np.testing.assert_allclose(drawn.x_0, samples.z_i, rtol=1e-5, atol=1e-6)
+
+
+def test_random_parameters_have_the_shapes_and_no_zeros():
+  config = preset('tiny')
+  made = named_leaves(stage_calls.random_params(config, 'decoder', 'bfloat16'))
+  expected = named_leaves(expected_params(config, 'bfloat16')['decoder'])
+  assert {k: (v.shape, v.dtype) for k, v in made.items()} == {
+    k: (v.shape, v.dtype) for k, v in expected.items()
+  }
+  again = named_leaves(stage_calls.random_params(config, 'decoder', 'bfloat16'))
+  for name, leaf in made.items():
+    assert np.count_nonzero(leaf) == leaf.size
+    np.testing.assert_array_equal(leaf, again[name])
+  same_shape = [a for a in made.values() if a.shape == next(iter(made.values())).shape]
+  for a, b in itertools.combinations(same_shape, 2):
+    assert not np.array_equal(a, b)
+
+
+def test_words_of_nobody_end_as_captions_do():
+  tokens = bench_subject.AnyWords(300, 12).encode(['a red apple', ''])
+  np.testing.assert_array_equal(tokens.mask.sum(axis=1), [9, 2])
+  for ids, mask in zip(*tokens, strict=True):
+    assert list(np.flatnonzero(ids == 299)) == [mask.sum() - 1]
+    assert mask[: mask.sum()].all() and ids.max() < 300
+
+
+def test_contenders_take_turns():
+  seen = []
+  contenders = {name: lambda name=name: seen.append(name) or name for name in 'ab'}
+  first, times = timing.alternate(contenders, 2)
+  assert seen == list('ab' * 3) and first == {'a': 'a', 'b': 'b'}
+  assert [len(values) for values in times.values()] == [2, 2]
+
+
+def test_ratios_are_of_what_was_measured_together():
+  found = timing.ratios([3.0, 8.0, 10.0], [1.0, 2.0, 5.0])
+  assert found == timing.Spread(3.0, 2.0, 4.0, (3.0, 4.0, 2.0))
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_peaks_are_of_all_that_was_asked(dtype):
+  found = peaks.measure_peaks(dtype, rows=3)
+  assert found.skinny_rows == 3
+  assert min(found) > 0 and np.isfinite(found).all()
+
+
+def test_the_command_writes_what_it_is_asked_for(tmp_path, capsys):
+  write_tiny_model(tmp_path / 'model')
+  files = {name: tmp_path / f'out.{name}' for name in ('json', 'png')}
+  status = run(
+    *('--model', tmp_path / 'model', '--stages', 'clip', '--batch-sizes', '1,2', '--rounds', 1),
+    *(
+      '--unguided',
+      '--steps',
+      '3,2,2',
+      '--json',
+      files['json'],
+      '--plot',
+      files['png'],
+      '--profile',
+      tmp_path / 'p',
+    ),
+  )
+  assert status == 0
+  assert 'against' not in capsys.readouterr().out
+  results = json.loads(files['json'].read_text())
+  assert [(e['stage'], e['batch_size']) for e in results['stages']] == [('clip', 1), ('clip', 2)]
+  assert results['about']['steps'] == {'prior': 3, 'decoder': 2, 'upsampler_0': 2}
+  assert results['about']['guided'] == [] and results['peaks']['skinny_rows'] == 3
+  assert files['png'].exists()
+  assert list((tmp_path / 'p').rglob('*.xplane.pb'))
+
+
+def test_a_batch_that_two_devices_do_not_divide_is_filled_up(tmp_path):
+  path = tmp_path / 'a.json'
+  code = f"""
+from unclip_jax.measure import peaks
+peaks._SIDE, peaks._BYTES = {SMALL_PEAKS['_SIDE']}, {SMALL_PEAKS['_BYTES']}
+from experiments.bench_sampling import main
+main('--preset tiny --stages clip --batch-sizes 3 --devices 1 2 --rounds 1'.split()
+     + ['--json', {str(path)!r}])
+"""
+  flags = '--xla_force_host_platform_device_count=2'
+  environment = {**os.environ, 'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'}
+  done = subprocess.run(
+    [sys.executable, '-c', code], cwd=ROOT, env=environment, capture_output=True, text=True
+  )
+  assert done.returncode == 0, done.stderr
+  one, two = json.loads(path.read_text())['stages']
+  assert (one['devices'], two['devices']) == (1, 2)
+  assert two['matmul_flops'] == pytest.approx(4 / 3 * one['matmul_flops'])
+
+
+@pytest.mark.parametrize(
+  ('args', 'said'),
+  [
+    (('--preset', 'carlo'), "no preset 'carlo'"),
+    (
+      ('--preset', 'tiny', '--stages', 'prior,painter'),
+      "no stage 'painter' here: take clip, prior",
+    ),
+    (('--preset', 'tiny', '--batch-sizes', '0'), 'whole numbers from 1'),
+    (('--preset', 'tiny', '--batch-sizes', 'many'), 'whole numbers from 1'),
+    (('--preset', 'tiny', '--devices', '4000'), 'ask for 1 to'),
+    (('--preset', 'tiny', '--rounds', '0'), 'the number of rounds is 0'),
+    (('--preset', 'tiny', '--steps', '3,3'), 'give 3 numbers, of prior, decoder, upsampler'),
+    (('--preset', 'tiny', '--steps', '3,3,2000'), 'upsampler'),
+    (('--preset', 'tiny', '--sampler', 'magic'), "no sampler 'magic'"),
+    (('--preset', 'tiny', '--dtype', 'int8'), "no dtype 'int8'"),
+    (('--preset', 'tiny', '--model', 'default'), 'not both'),
+  ],
+)
+def test_what_cannot_be_measured_is_said_in_one_line(args, said, capsys):
+  assert run(*args) in (1, 2)
+  (line,) = capsys.readouterr().err.splitlines()
+  assert said in line
+
+
+@pytest.mark.parametrize('option', ['--json', '--plot', '--profile'])
+def test_a_path_that_cannot_be_written_is_found_before_anything_is_measured(
+  option, tmp_path, capsys, monkeypatch
+):
+  monkeypatch.setattr(bench, 'measure', lambda *_: pytest.fail('it was measured'))
+  (tmp_path / 'file').write_text('')
+  assert run('--preset', 'tiny', option, tmp_path / 'file' / 'out') == 1
+  (line,) = capsys.readouterr().err.splitlines()
+  assert str(tmp_path / 'file' / 'out') in line and 'take another path' in line
+
+
+def test_looking_whether_a_file_can_be_written_leaves_it_as_it_is(tmp_path):
+  (tmp_path / 'old').write_text('kept')
+  assert report.check_writable(tmp_path / 'old').read_text() == 'kept'
+  assert not report.check_writable(tmp_path / 'new').exists()
+
+
+def test_plots_without_matplotlib_name_the_extra(monkeypatch, capsys):
+  monkeypatch.setitem(sys.modules, 'matplotlib', None)
+  assert run('--preset', 'tiny', '--plot', 'a.png') == 1
+  assert "pip install 'unclip-jax[train]'" in capsys.readouterr().err
+
+
+def test_a_plot_of_no_known_kind_is_refused_before(capsys):
+  assert run('--preset', 'tiny', '--plot', 'a.doc') == 1
+  assert 'a.doc: there are no plots of this kind: take .png' in capsys.readouterr().err
+
+
+def test_a_peer_without_its_packages_names_the_extra(monkeypatch):
+  monkeypatch.setitem(sys.modules, 'accelerate', None)
+  monkeypatch.delitem(sys.modules, 'experiments.karlo_peer', raising=False)
+  with pytest.raises(SystemExit, match=r"accelerate: pip install 'unclip-jax\[parity\]'"):
+    bench_sampling.main(['--preset', 'tiny', '--peer', 'diffusers'])
+
+
+@pytest.mark.parametrize('size', ['0', '-1'])
+def test_the_script_refuses_what_the_command_does(size):
+  with pytest.raises(SystemExit, match='the batch size is'):
+    bench_sampling.main(['--preset', 'tiny', '--batch-sizes', size])
+
+
+def test_results_of_other_shapes_are_not_compared():
+  with pytest.raises(ValueError, match='the peer made'):
+    bench_figures.errors(np.zeros((1, 3)), np.zeros((3, 1)))
+  found = bench_figures.errors(np.array([1.0, 2.0]), np.array([1.0, 4.0]))
+  assert found == {'largest_error': 2 / 1.5, 'rms_error': 2**0.5 / 1.5}

@@ -1,0 +1,132 @@
+"""`unclip-jax compile`: programs compiled ahead of the first picture."""
+
+from typing import Annotated, Any
+
+import typer
+
+from unclip_jax.cli.options import (
+  MACHINE,
+  DecoderGuidanceOption,
+  DecoderSamplerOption,
+  DecoderStepsOption,
+  DtypeOption,
+  ModelArgument,
+  PriorCandidatesOption,
+  PriorGuidanceOption,
+  PriorModelOption,
+  PriorSamplerOption,
+  PriorStepsOption,
+  SizeOption,
+  UpsamplerSamplerOption,
+  UpsamplerStepsOption,
+  numbers,
+)
+
+
+def compile_ahead(
+  model: ModelArgument = 'default',
+  batch_sizes: Annotated[
+    str, typer.Option(metavar='N,N', help='Pictures drawn at a time: one number or several.')
+  ] = '1',
+  size: SizeOption = None,
+  prior_model: PriorModelOption = None,
+  dtype: DtypeOption = 'float32',
+  devices: Annotated[
+    int, typer.Option(help='Devices that share the work.', rich_help_panel=MACHINE)
+  ] = 1,
+  model_devices: Annotated[
+    int,
+    typer.Option(
+      help='How many of them share one copy of the parameters.', rich_help_panel=MACHINE
+    ),
+  ] = 1,
+  prior_steps: PriorStepsOption = None,
+  prior_sampler: PriorSamplerOption = None,
+  prior_guidance: PriorGuidanceOption = None,
+  prior_candidates: PriorCandidatesOption = None,
+  decoder_steps: DecoderStepsOption = None,
+  decoder_sampler: DecoderSamplerOption = None,
+  decoder_guidance: DecoderGuidanceOption = None,
+  upsampler_steps: UpsamplerStepsOption = None,
+  upsampler_sampler: UpsamplerSamplerOption = None,
+) -> None:
+  """Compile what `generate` runs with these settings, into the user's cache; reads no weights.
+
+  Prompts, seeds, guidance scales and etas need no programs of their own.
+  """
+  import jax
+  from rich.console import Console
+
+  from unclip_jax.sharding import make_mesh
+  from unclip_jax.systems import ahead, loading, requests, settings
+  from unclip_jax.terminal import cache_folder, interrupts, plain_warnings, use_cache
+  from unclip_jax.types import UnclipError
+
+  sizes = numbers('--batch-sizes', batch_sizes)
+  samplings = requests.Samplings(
+    settings.Sampling(prior_steps, prior_sampler, prior_guidance),
+    settings.Sampling(decoder_steps, decoder_sampler, decoder_guidance),
+    settings.Sampling(upsampler_steps, upsampler_sampler),
+  )
+  use_cache(True)
+  if jax.config.jax_compilation_cache_dir is None:
+    raise UnclipError(
+      f'programs cannot be kept in {cache_folder()}: set JAX_COMPILATION_CACHE_DIR to a folder '
+      'that can be written'
+    )
+  network_dtype = settings.check_dtype(dtype)
+  console = Console(stderr=True, highlight=False)
+  with plain_warnings(), interrupts() as check:
+    opened = loading.open_model(model, prior_model)
+    loading.read_stages(opened, network_dtype, names=())  # of no stage: it checks the config
+    config = settings.at_size(opened.config, size)
+    mesh = None if devices == model_devices == 1 else make_mesh(devices, model_devices)
+    groups = devices // model_devices
+    if uneven := [n for n in sizes if n % groups]:
+      raise UnclipError(
+        f'a batch of {uneven[0]} cannot be spread over {groups} devices: take a multiple of '
+        f'{groups}'
+      )
+    prepared = []
+    for batch_size in sizes:
+      request = requests.example(
+        config,
+        opened.tokenizer,
+        opened.decoder_tokenizer,
+        batch_size,
+        samplings,
+        prior_candidates,
+        size,
+        opened.eps_power,
+      )
+
+      def report(stage: str, batch_size: int = batch_size) -> None:
+        check()
+        console.print(f'{stage.replace("_", " ")}, batch {batch_size}: compiling')
+
+      stages = ahead.compile_stages(config, request, network_dtype, mesh, report)
+      prepared += [(batch_size, stage) for stage in stages]
+  Console(highlight=False).print(_table(prepared))
+  print(f'\ncache  {jax.config.jax_compilation_cache_dir}')
+
+
+def _table(prepared: list[Any]) -> Any:
+  """A line for each stage and batch."""
+  from rich.table import Table
+
+  table = Table(box=None, header_style='bold', pad_edge=False)
+  table.add_column('stage')
+  for name in ('batch', 'seconds', 'arguments', 'temporary', 'cached'):
+    table.add_column(name, justify='right')
+  for batch_size, stage in prepared:
+    table.add_row(
+      stage.stage.replace('_', ' '),
+      str(batch_size),
+      f'{stage.seconds:.1f}',
+      f'{stage.argument_bytes / 2**20:.1f} MiB',
+      f'{stage.temp_bytes / 2**20:.1f} MiB',
+      f'{stage.num_cached} of {stage.num_programs}',
+    )
+  total = sum(stage.seconds for _, stage in prepared)
+  table.add_row('all', '', f'{total:.1f}', '', '', '')
+  return table

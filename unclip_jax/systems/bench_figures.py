@@ -1,0 +1,145 @@
+"""The figures of a benchmark as JSON holds them: shares of peaks, errors, sums, versions."""
+
+import datetime
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unclip_jax.configs import DecoderConfig, UnclipConfig, UpsamplerConfig
+from unclip_jax.measure import analytic
+from unclip_jax.measure.peaks import Peaks
+from unclip_jax.measure.timing import Spread, ratios, spread
+from unclip_jax.nn import convolution
+from unclip_jax.systems.bench_subject import Options, Subject, make_request
+from unclip_jax.systems.samples import Request
+from unclip_jax.systems.stage_calls import Call
+
+
+def plain(values: Spread) -> dict[str, Any]:
+  """A spread for JSON."""
+  return {**values._asdict(), 'values': list(values.values)}
+
+
+def add_shares(entry: dict[str, Any], peaks: Peaks) -> None:
+  """What is reached of the peaks of all devices; a CPU's virtual ones share those of one."""
+  count = 1 if jax.devices()[0].platform == 'cpu' else entry['devices']
+  took = entry['seconds']['median'] * count
+  entry['share_of_matmul_peak'] = entry['matmul_flops'] / took / peaks.flops_per_second
+  entry['share_of_copy'] = entry['bytes'] / took / peaks.bytes_per_second
+  if 'step' in entry:
+    step = entry['step']
+    step['share_of_skinny'] = step['weights_bytes_per_second'] / peaks.skinny_bytes_per_second
+
+
+def errors(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
+  """Differences over the standard deviation of what is expected."""
+  if ours.shape != theirs.shape:
+    raise ValueError(f'the peer made {theirs.shape}, we {ours.shape}')
+  apart, scale = np.abs(np.float64(ours) - theirs), float(theirs.std())
+  return {
+    'largest_error': float(apart.max()) / scale,
+    'rms_error': float(np.sqrt((apart**2).mean())) / scale,
+  }
+
+
+def stage_config(config: UnclipConfig, stage: str) -> Any:
+  """That of a stage by its name, such as upsampler_0."""
+  if stage.startswith('upsampler'):
+    return config.upsamplers[int(stage.rpartition('_')[2])]
+  return getattr(config, stage)
+
+
+def analytic_flops(
+  config: UnclipConfig, stage: str, request: Request, calls: Sequence[Call], dtype: Any
+) -> float | None:
+  """Matrix products and convolutions, counted by hand; None of what nobody has counted."""
+  rows, own = len(request.captions), stage_config(config, stage)
+  is_exact = jax.default_backend() == 'cpu' and jnp.dtype(dtype) == jnp.float32
+  tiled = convolution.pays if is_exact else None
+  if stage == 'prior':
+    steps, scale = len(request.prior.plan.t), request.prior.guidance_scale
+    guided = scale is not None
+    return analytic.prior_flops(own, rows, steps, guided, request.num_candidates)
+  if stage == 'decoder' and isinstance(own, DecoderConfig):
+    steps, guided = len(request.decoder.plan.t), request.decoder.guidance_scale is not None
+    length = None if config.clip.text is None else config.clip.text.context_length
+    return analytic.decoder_flops(own, rows, steps, guided, length, tiled)
+  if isinstance(own, UpsamplerConfig):
+    return analytic.upsampler_flops(own, rows, len(calls[0].args['plan'].t), tiled)
+  return None
+
+
+def steps(request: Request) -> dict[str, int]:
+  """Of each sampled stage."""
+  stages = {'prior': request.prior, 'decoder': request.decoder}
+  stages |= {f'upsampler_{i}': up for i, up in enumerate(request.upsamplers)}
+  return {name: len(stage.plan.t) for name, stage in stages.items() if stage is not None}
+
+
+def sums(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+  """End to end as the sum of stages, where both sides do not fit into memory at once."""
+  found = []
+  for batch in dict.fromkeys(entry['batch_size'] for entry in entries):
+    stages = [e for e in entries if e['batch_size'] == batch and 'peer' in e]
+    ours = [sum(v) for v in zip(*(e['seconds']['values'] for e in stages), strict=True)]
+    names = [set(e['peer']['contenders']) for e in stages]
+    contenders = {}
+    for name in sorted(set.intersection(*names)):
+      theirs = [e['peer']['contenders'][name]['seconds']['values'] for e in stages]
+      totals = [sum(v) for v in zip(*theirs, strict=True)]
+      contenders[name] = {
+        'seconds': plain(spread(totals)),
+        'ratio': plain(ratios(totals, ours)),
+      }
+    found.append(
+      {
+        'batch_size': batch,
+        'devices': 1,
+        'steps': {e['stage']: e['steps'] for e in stages if e['steps'] is not None},
+        'sum_of_stages': True,
+        'first_image_seconds': sum(e['compile_seconds'] for e in stages) + spread(ours).median,
+        'seconds': plain(spread(ours)),
+        'images_per_second': batch / spread(ours).median,
+        'peer': {'name': stages[0]['peer']['name'], 'contenders': contenders},
+      }
+    )
+  return found
+
+
+def about(subject: Subject, options: Options) -> dict[str, Any]:
+  """What is measured, on what, and when."""
+  device, request = jax.devices()[0], make_request(subject, options, 1)
+  sampled = {'prior': request.prior, 'decoder': request.decoder}
+  sampled |= {f'upsampler_{i}': up for i, up in enumerate(request.upsamplers)}
+  sampled = {name: stage for name, stage in sampled.items() if stage is not None}
+  return {
+    'date': datetime.datetime.now(datetime.UTC).strftime('%Y-%m-%d %H:%M UTC'),
+    'model': subject.name,
+    'dtype': options.dtype,
+    'steps': steps(request),
+    'samplers': {name: stage.sampler for name, stage in sampled.items()},
+    'guided': [name for name, stage in sampled.items() if stage.guidance_scale is not None],
+    'rounds': options.rounds,
+    'platform': device.platform,
+    'device': device.device_kind,
+    'num_devices': len(jax.devices()),
+    'machine': f'{platform.system()} {platform.machine()}',
+    'threads': num_threads(),
+    'load': os.getloadavg()[0] if hasattr(os, 'getloadavg') else None,
+    'versions': {
+      'python': platform.python_version(),
+      **{name: metadata.version(name) for name in ('unclip-jax', 'jax', 'jaxlib')},
+    },
+  }
+
+
+def num_threads() -> int:
+  """The processors that this process may use."""
+  has_affinity = hasattr(os, 'sched_getaffinity')  # Linux has
+  return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1

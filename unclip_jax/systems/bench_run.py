@@ -1,0 +1,53 @@
+"""A benchmark from its options to its text, JSON and plot, for the command and for scripts."""
+
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+from unclip_jax.measure import report
+from unclip_jax.systems import bench
+from unclip_jax.systems.bench_subject import Options, Subject
+from unclip_jax.types import UnclipError
+
+
+class Outputs(NamedTuple):
+  """Files that are written in the end; None for none."""
+
+  json: Path | None
+  plot: Path | None
+
+  @classmethod
+  def checked(
+    cls, json: str | Path | None, plot: str | Path | None, profile: str | Path | None
+  ) -> Self:
+    """The files, if they can be written, as can the folder of traces.
+
+    Raises:
+      UnclipError: one cannot, or there is nothing to plot with; nothing has been measured yet.
+    """
+    if plot is not None:
+      report.check_can_plot(plot)
+    if profile is not None:
+      try:
+        Path(profile).mkdir(parents=True, exist_ok=True)
+      except OSError as error:
+        reason = error.strerror
+        raise UnclipError(f'{profile} cannot be made ({reason}): take another path') from error
+    return cls(*(None if p is None else report.check_writable(p) for p in (json, plot)))
+
+
+def run(
+  subject: Subject, options: Options, outputs: Outputs, peer: bench.Peer | None = None
+) -> dict[str, Any]:
+  """Measures, prints the tables to standard output and what is under way to standard error.
+
+  Raises:
+    UnclipError: as `bench.check`.
+  """
+  results = bench.measure(subject, options, peer, lambda line: print(line, file=sys.stderr))
+  print(report.to_text(results))
+  if outputs.json is not None:
+    report.write_json(outputs.json, results)
+  if outputs.plot is not None:
+    report.plot(outputs.plot, results)
+  return results
