@@ -66,7 +66,10 @@ def plot(rows: Rows) -> plt.Figure:
         y = [row[shown][0] for _, row in sorted(own.items())]
         panel.plot(x, y, style, color=colour, marker='.', lw=1.2, label=label)
     for panel, found, what in zip(line, (rows, timed), ('steps', 'seconds a picture'), strict=True):
-      panel.set(xscale='log' if found else 'linear', xlabel=what, ylabel=shown)
+      panel.set(xlabel=what, ylabel=shown)
+      if found:
+        panel.set_xscale('log', base=2)
+        panel.xaxis.set_major_formatter('{x:.2g}')
       panel.grid(alpha=0.3)
     if shown == SHOWN[2]:
       line[0].set_yscale('log')

@@ -76,3 +76,19 @@ def test_dynamic_threshold_is_each_samples_own():
 def test_a_fraction_is_not_a_percentile(percentile):
   with pytest.raises(UnclipError, match=str(percentile)):
     guidance.dynamic_threshold(percentile)
+
+
+@pytest.mark.parametrize('learned_variance', [False, True])
+def test_rescaled_guidance_has_the_contrast_of_the_conditional_half(learned_variance):
+  channels = 6 if learned_variance else 3
+  cond, uncond = normals(0, (2, 8, 8, channels)), normals(1, (2, 8, 8, channels))
+  pair = guidance.interleave(cond, uncond)
+  plain, half, whole = (
+    np.asarray(guidance.guide(pair, 5.0, learned_variance, rescale)) for rescale in (0.0, 0.5, 1.0)
+  )
+  np.testing.assert_allclose(plain, guidance.guide(pair, 5.0, learned_variance), rtol=1e-6)
+  assert np.array_equal(whole[..., 3:], cond[..., 3:])
+  for i in range(2):
+    assert whole[i, ..., :3].std() == pytest.approx(cond[i, ..., :3].std(), rel=1e-5)
+    assert plain[i, ..., :3].std() > 3 * cond[i, ..., :3].std()
+  np.testing.assert_allclose(half, (plain + whole) / 2, atol=1e-5)

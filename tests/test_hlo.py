@@ -299,5 +299,7 @@ def test_upsampler_costs_what_its_config_says(tiled, monkeypatch):
 
   params = random_params(upsampler, config)
   found = cost(sample, params, normal(3, 16, 16, 3), keys(3))
-  expected = analytic.upsampler_flops(config, 3, len(plan.t), convolution.pays if tiled else None)
+  expected = analytic.upsampler_flops(
+    config, 3, len(plan.t), convolution.tile_size if tiled else None
+  )
   assert found.matmul_flops == pytest.approx(expected, rel=0.02)

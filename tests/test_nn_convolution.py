@@ -24,13 +24,16 @@ def make(c, features, shape=(2, 6, 8), seed=0):
   return x, {'params': params}
 
 
-@pytest.mark.parametrize('shape', [(20, 6, 9), (1, 31, 35), (1024, 1, 1), (1, 2, 513), (2, 6, 8)])
+# Of tiles of 4 and of 2, and of none.
+@pytest.mark.parametrize(
+  'shape', [(40, 6, 9), (1, 61, 35), (2048, 1, 1), (1, 2, 1027), (5, 7, 9), (256, 1, 1), (2, 6, 8)]
+)
 @pytest.mark.parametrize(('c', 'features'), [(WIDE, WIDE + 2), (3, WIDE), (WIDE, 3), (5, 7)])
 def test_it_is_flaxs_convolution(shape, c, features):
   x, variables = make(c, features, shape)
   expected = nn.Conv(features, (3, 3)).apply(variables, x)
   actual = jax.jit(Conv3x3(features).apply)(variables, x)
-  np.testing.assert_allclose(actual, expected, atol=1e-5)
+  np.testing.assert_allclose(actual, expected, atol=5e-5)
 
 
 def test_its_parameters_are_those_of_flax():
@@ -39,7 +42,8 @@ def test_its_parameters_are_those_of_flax():
   jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
-def test_the_error_of_winograd_is_that_of_a_direct_convolution():
+@pytest.mark.parametrize(('tile', 'most'), [(2, 2.0), (4, 6.0)])
+def test_the_error_of_winograd_is_near_that_of_a_direct_convolution(tile, most):
   x, variables = make(256, 256, (1, 16, 16))
   kernel = variables['params']['kernel']
   with jax.enable_x64(True):
@@ -51,7 +55,8 @@ def test_the_error_of_winograd_is_that_of_a_direct_convolution():
     return np.sqrt(((np.asarray(jax.jit(conv)(x, kernel)) - exact) ** 2).mean())
 
   assert exact.std() > 0.9
-  assert 1e-8 < error(convolution.winograd) < 2 * error(convolution.direct)
+  tiled = error(lambda x, kernel: convolution.winograd(x, kernel, tile))
+  assert 1e-8 < tiled < most * error(convolution.direct)
 
 
 def lowered(x, dtype=jnp.float32, deterministic=True):
@@ -91,14 +96,14 @@ def test_a_loop_keeps_no_transformed_kernels():
   text = loop.lower(variables, x).compile().as_text()
   carried = re.search(r'%while[.\w]* = \((.*?)\) while', text).group(1)
   assert f'f32[3,3,{WIDE},{WIDE}]' in carried
-  assert not re.search(rf'f32\[(16|4,4),{WIDE},{WIDE}\]', carried)
+  assert not re.search(rf'f32\[(16|36|4,4|6,6),{WIDE},{WIDE}\]', carried)
 
 
 def test_gradients_flow_through_it():
-  x, variables = make(WIDE, WIDE, (1, 33, 32))
+  x, variables = make(WIDE, WIDE, (1, 65, 32))
 
   def gradient(module):
     return jax.grad(lambda x, v: (module.apply(v, x) ** 2).mean(), (0, 1))(x, variables)
 
   ours, theirs = gradient(Conv3x3(WIDE)), gradient(nn.Conv(WIDE, (3, 3)))
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), ours, theirs)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), ours, theirs)

@@ -144,7 +144,7 @@ def test_a_model_is_loaded_in_parts(tmp_path):
   in_a_process(draw_with_loaded_parts, str(write_tiny_model(tmp_path / 'model', SMALL)))
 
 
-def compiled_stages(model, prompts):
+def compiled_stages(model, prompts, how=None):
   """Pictures, and the collectives in the loops of the programs that the stages compiled."""
   found, jitted = {}, {name: getattr(programs, name) for name in STAGES}
 
@@ -157,7 +157,7 @@ def compiled_stages(model, prompts):
 
   for name in STAGES:
     setattr(programs, name, spy(name))
-  images = model.generate(prompts, 7, **GUIDED)
+  images = model.generate(prompts, 7, **(GUIDED if how is None else how))
   for name, program in jitted.items():
     setattr(programs, name, program)
   return images, found
@@ -169,6 +169,12 @@ def look_for_collectives(folder):
   # Three are filled up to four, one a device.
   images, found = compiled_stages(model, PROMPTS[:3])
   assert levels_apart(images, one) <= 1
+  assert found == {name: [] for name in STAGES}
+  # Nor where guidance is limited to an interval, a condition in the loop.
+  within = Sampling(guidance_scale=3.0, guidance_interval=(0.3, 1.0))
+  _, found = compiled_stages(
+    model, PROMPTS[:3], {'prior': within, 'decoder': within, 'num_candidates': 1}
+  )
   assert found == {name: [] for name in STAGES}
 
   # The same pictures, but with the two halves of guidance one after the other.

@@ -102,7 +102,7 @@ class SamplingConfig:
   spacing: str = 'strided'  # or another of stages.common.SPACINGS: 'karlo', 'trailing', ...
   variance: str = 'fixed_small'  # of ddpm: or 'fixed_large', 'learned'
   eta: float = 0.0  # of ddim and analytic
-  offset: int = 0  # of leading: added to each timestep
+  offset: int = 0  # of leading and inner: added to each timestep
   to_x_0: bool = True  # whether the last step ends without noise; else at that of timestep 0
   guidance_scale: float = 1.0
   guidance_rescale: float = 0.0  # the share of the contrast that guidance adds which is taken back

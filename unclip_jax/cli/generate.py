@@ -237,6 +237,8 @@ def generate(
   if lora_strength != 1 and not lora:
     raise typer.BadParameter('--lora-strength goes with --lora')
   use_cache(cache)
+  for name, asked in (('prior', prior), ('decoder', decoder), ('upsampler', upsampler)):
+    settings.check_words(name, asked)
 
   # Read first: a mistake in its name, or in a line, should not wait for a large model.
   series, shared_by = None, Processes()

@@ -4,8 +4,10 @@ A picture that is there under its name is whole, and is not drawn again. `series
 folder holds the pictures of, so that those of two runs are never mixed.
 """
 
+import contextlib
 import json
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -26,6 +28,7 @@ from unclip_jax.weights.safetensors import reach, write_atomically
 
 MANIFEST_NAME = 'series.json'
 _FORMAT_VERSION = 1
+_PART_SECONDS = 600  # nobody writes a picture for so long
 _LEAST_DIGITS = 5  # of a line's number in a name
 
 
@@ -127,7 +130,9 @@ def draw_series(
   title = f'process {shared_by.index}: ' if shared_by.count > 1 else ''
 
   def save(items: list[Item], samples: Samples) -> None:
-    if not (series.folder / MANIFEST_NAME).exists():
+    if (series.folder / MANIFEST_NAME).exists():
+      _check_manifest(series.folder, manifest)  # another run may have begun meanwhile
+    else:
       _write_manifest(series.folder, manifest)
     for item, image in zip(items, samples.images, strict=True):
       about = {'prompt': item.prompt, 'index': str(item.index), **text, 'seed': str(item.seed)}
@@ -145,7 +150,7 @@ def draw_series(
       display(share.kept, drawn)
     saved.result()
   if shared_by.count == 1:
-    missing = 0
+    missing = series.scan.num_images - share.kept - drawn
   else:
     print(f'{title}done, {drawn:,} drawn', file=sys.stderr)
     processes.wait_for_processes()
@@ -154,9 +159,9 @@ def draw_series(
     missing = sum(not series.is_drawn(item) for item in series.items())
   if missing:
     raise UnclipError(
-      f'{missing:,} of {series.scan.num_images:,} pictures are missing in {series.folder}, as a '
-      'process did not finish, or writes elsewhere: start again for these, with a folder that all '
-      'share'
+      f'{missing:,} of {series.scan.num_images:,} pictures are missing in {series.folder}: a '
+      'process did not finish or writes elsewhere, or the file of prompts changed; start again for '
+      'these, with a folder that all share'
     )
   _remove_parts(series.folder)
   made = f'{drawn:,} drawn now' if shared_by.count == 1 else f'by {shared_by.count} processes'
@@ -228,7 +233,12 @@ def _write_manifest(folder: epath.Path, manifest: dict[str, Any]) -> None:
 
 
 def _remove_parts(folder: epath.Path) -> None:
-  """What a run that was killed left of pictures that it had not finished."""
+  """What a run that was killed left of pictures that it had not finished.
+
+  New ones are left alone: another run may be writing them.
+  """
   if not is_remote(folder):
     for part in folder.glob('.[0-9]*.png.*.part'):
-      part.unlink(missing_ok=True)
+      with contextlib.suppress(FileNotFoundError):
+        if time.time() - part.stat().mtime > _PART_SECONDS:
+          part.unlink()

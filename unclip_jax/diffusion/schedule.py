@@ -239,9 +239,9 @@ def linspace_timesteps(total: int, n: int) -> np.ndarray:
   """n timesteps, the first of n + 1 evenly spaced from total - 1 to 0 (diffusers' solvers).
 
   Raises:
-    UnclipError: n is below 1 or above total.
+    UnclipError: n is below 1 or not below total.
   """
-  n = _count(n, 'sampling steps', total)
+  n = _count(n, 'sampling steps', total - 1)
   return np.round(np.linspace(0, total - 1, n + 1)).astype(np.int64)[:0:-1]
 
 

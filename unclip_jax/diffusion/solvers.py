@@ -54,9 +54,9 @@ def _extrapolate(x_0: Array, h: Array, last: _Last) -> Array:
 
 def _move(x_t: Array, x_0: Array, prediction: Prediction, step: Step, kept: Array | float) -> Array:
   """x_s without its noise, x_0 in place of what was predicted; `kept` is the share of eps."""
-  signal, noise = signal_and_noise(step, x_t)
-  shift = jnp.where(noise > 0, signal / jnp.where(noise > 0, noise, 1.0), 0.0)
-  eps = prediction.eps + shift * (prediction.x_0 - x_0)
+  noise = jnp.sqrt(per_sample(step.noise_var, x_t))
+  # What x_t says beside x_0, whatever the network said: at x_0 itself only that can be had.
+  eps = jnp.where(noise > 0, gaussian.eps_from_x_0(x_t, x_0, step), prediction.eps)
   signal_next = jnp.sqrt(per_sample(step.alpha_bar_next, x_t))
   return signal_next * x_0 + kept * jnp.sqrt(per_sample(step.noise_var_next, x_t)) * eps
 
@@ -143,8 +143,7 @@ def unipc() -> Sampler:
     h = _half_log_snr_step(step)
     x_t = correct(x_t, prediction.x_0, state)
     x_0 = _extrapolate(prediction.x_0, h, state.last)
-    here = prediction._replace(eps=gaussian.eps_from_x_0(x_t, prediction.x_0, step))
-    x_s = _move(x_t, x_0, here, step, 1.0)
+    x_s = _move(x_t, x_0, prediction, step, 1.0)
     return x_s, _Corrected(_Last(prediction.x_0, h), state.last, x_t, step)
 
   return Sampler(init, step_fn)

@@ -20,7 +20,7 @@ from unclip_jax.configs import (
   UpsamplerConfig,
 )
 
-Tiled = Callable[[int, int, int], bool]
+Tiled = Callable[[int, int, int], int]
 _SUFFIX = 3  # what the prior runs at each step: the timestep, the noised z_i, the query
 
 
@@ -117,9 +117,9 @@ def _conv(side: int, kernel: int, channels: int, out: int) -> float:
   return 2.0 * taps**2 * channels * out
 
 
-def _winograd(side: int, channels: int, out: int) -> float:
-  """A 3x3 one: a tile of 2 x 2 outputs takes 16 products."""
-  return 2.0 * 16 * (-(-side // 2)) ** 2 * channels * out
+def _winograd(side: int, tile: int, channels: int, out: int) -> float:
+  """A 3x3 one: a tile of m x m outputs takes (m + 2)^2 products."""
+  return 2.0 * (tile + 2) ** 2 * (-(-side // tile)) ** 2 * channels * out
 
 
 def _attend(t: int, s: int, width: int) -> float:
@@ -163,8 +163,8 @@ def _unet_flops(
   def block(side: int, channels: int, out: int) -> float:
     flops = 0.0
     for c in (channels, out):
-      is_tiled = tiled is not None and tiled(rows * side**2, c, out)
-      flops += _winograd(side, c, out) if is_tiled else _conv(side, 3, c, out)
+      tile = 0 if tiled is None else tiled(rows * side**2, c, out)
+      flops += _winograd(side, tile, c, out) if tile else _conv(side, 3, c, out)
     flops += _dense(1, unet.emb_dim, emb_parts * out)
     return flops + (_dense(side**2, channels, out) if channels != out else 0)
 

@@ -14,6 +14,7 @@ from unclip_jax.types import Array, DenoiseFn, Prediction, Step, UnclipError
 
 SAMPLERS = ('ddpm', 'ddim', 'analytic', 'dpmpp_2m', 'dpmpp_2m_sde', 'unipc', 'plms')
 WITH_ETA = ('ddim', 'analytic')
+SOLVERS = ('dpmpp_2m', 'dpmpp_2m_sde', 'unipc', 'plms')
 SPACINGS = (
   'strided', 'karlo', 'fast27', 'leading', 'trailing', 'inner', 'linspace', 'log_snr',
 )  # fmt: skip
@@ -178,7 +179,7 @@ def make_denoise_fn(
     elif guided.is_on is None:
       output = as_pair(x_t, step)
     else:
-      output = jax.lax.cond(guided.is_on[step.index], as_pair, alone, x_t, step)
+      output = jax.lax.cond(jnp.asarray(guided.is_on)[step.index], as_pair, alone, x_t, step)
     kind, keep_eps = diffusion.prediction, diffusion.keep_eps
     return gaussian.predict(output, x_t, step, kind, learned, limit, keep_eps)
 

@@ -61,7 +61,7 @@ def analytic_flops(
   """Matrix products and convolutions, counted by hand; None of what nobody has counted."""
   rows, own = len(request.captions), stage_config(config, stage)
   is_exact = jax.default_backend() == 'cpu' and jnp.dtype(dtype) == jnp.float32
-  tiled = convolution.pays if is_exact else None
+  tiled = convolution.tile_size if is_exact else None
   if stage == 'prior':
     steps, scale = len(request.prior.plan.t), request.prior.guidance_scale
     guided = scale is not None

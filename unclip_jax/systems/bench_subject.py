@@ -1,7 +1,8 @@
 """What is measured: a model, of the package, of a folder, or of random weights, and how."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -59,6 +60,7 @@ class Subject(NamedTuple):
     tokenizer: of its captions, and
     decoder_tokenizer: of its decoder's; anything with `encode`.
     read: (stage, dtype) -> its parameters, which the subject need not keep.
+    eps_power: of stages, what the sampler analytic needs.
   """
 
   name: str
@@ -66,6 +68,7 @@ class Subject(NamedTuple):
   tokenizer: Any
   decoder_tokenizer: Any
   read: Callable[[str, Any], Params]
+  eps_power: Mapping[str, np.ndarray] = MappingProxyType({})
 
 
 class AnyWords:
@@ -111,7 +114,8 @@ def of_model(model: str, dtype: Any, prior: str | None = None) -> Subject:
   """
   loaded: Unclip = load(model, dtype, prior=prior)
   readers = (loaded.tokenizer, loaded.decoder_tokenizer)
-  return Subject(model, loaded.config, *readers, lambda stage, _: loaded.params[stage])
+  read = lambda stage, _: loaded.params[stage]  # noqa: E731
+  return Subject(model, loaded.config, *readers, read, loaded.eps_power)
 
 
 def make_request(subject: Subject, options: Options, rows: int) -> Request:
@@ -149,5 +153,18 @@ def make_request(subject: Subject, options: Options, rows: int) -> Request:
   readers = (subject.tokenizer, subject.decoder_tokenizer)
   # One caption many times, as requests count captions times images.
   return requests.make(
-    config, *readers, caption, 0, rows, 0, None, samplings, None, None, given, False, None
+    config,
+    *readers,
+    caption,
+    0,
+    rows,
+    0,
+    None,
+    samplings,
+    None,
+    None,
+    given,
+    False,
+    None,
+    subject.eps_power,
   )

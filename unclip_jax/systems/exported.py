@@ -97,7 +97,16 @@ def write_exported(
   text = json.dumps(description, indent=2) + '\n'
   write_atomically(out / PROGRAM_NAME, functools.partial(_write, blob))
   tokenizers = (fused.tokenizer, fused.decoder_tokenizer)
-  write_ours(out, fused.config, fused.params, tokenizers, None, None, written_by)
+  write_ours(
+    out,
+    fused.config,
+    fused.params,
+    tokenizers,
+    None,
+    None,
+    written_by,
+    eps_power=fused.eps_power,
+  )
   write_atomically(out / DESCRIPTION_NAME, functools.partial(_write, text.encode()))
 
 
@@ -143,6 +152,7 @@ def load_exported(folder: str | os.PathLike[str]) -> Fused:
     fields['num_candidates'],
     fields['size'],
     jax.jit(exported.call),
+    eps_power=opened.eps_power,
   )
   expected, _ = fused.made_for
   if _described(expected) != _described(inputs):

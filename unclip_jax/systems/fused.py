@@ -74,6 +74,7 @@ class Fused:
     size: in pixels, of the images; None is the largest.
     program: (params, inputs) -> Drawn.
     mesh: the devices that a batch is spread over, None for the default one.
+    eps_power: of stages, what the sampler analytic needs.
   """
 
   config: UnclipConfig
@@ -87,6 +88,7 @@ class Fused:
   size: int | None
   program: Callable[[Mapping[str, Params], Inputs], Drawn]
   mesh: Mesh | None = None
+  eps_power: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
   def generate(
     self,
@@ -168,6 +170,7 @@ class Fused:
       _NOTHING,
       False,
       None,
+      self.eps_power,
     )
     if isinstance(self.config.decoder, KandinskyDecoderConfig):
       return request
@@ -233,6 +236,7 @@ def fuse(
     size,
     draw,
     model.mesh,
+    model.eps_power,
   )
   _, how = unbound.made_for
   names = requests.stages(config, how)

@@ -87,6 +87,11 @@ def scan(path: os.PathLike[str] | str, num_images: int) -> Scan:
     UnclipError: as `read_lines`; or there is no prompt in it.
   """
   num_images = settings.check_count('the number of images', num_images)
+  if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+    raise UnclipError(
+      f'{os.fspath(path)} can be read only once, and prompts are read as they are drawn: write '
+      'them to a file'
+    )
   num_prompts, total, most, last_line = 0, 0, 0, 0
   for line in read_lines(path):
     wanted = num_images if line.num_images is None else line.num_images

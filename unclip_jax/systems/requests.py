@@ -229,7 +229,8 @@ def _resolve(
   """Settings of prior, decoder and all upsamplers, also where an earlier size is the end."""
   if not isinstance(asked.upsampler, Sampling):
     raise UnclipError(f'upsampler: give a Sampling, not {type(asked.upsampler).__name__}')
-  if asked.upsampler.guidance_scale is not None:
+  own = asked.upsampler
+  if (own.guidance_scale, own.guidance_rescale, own.guidance_interval) != (None, None, None):
     raise UnclipError('upsampler: it is not guided; give the guidance scale to the decoder')
 
   def resolve(name: str, stage: Any, sampling: Sampling) -> settings.StageSettings:

@@ -69,12 +69,32 @@ class StageSettings(NamedTuple):
 def merge(default: SamplingConfig, asked: Sampling) -> SamplingConfig:
   """A model's own settings, changed where the caller asks for something else.
 
-  Asking a model whose spacing is fast27 for another number of steps is asking for strides.
+  Asking a model whose spacing is fast27 for another number of steps is asking for strides; asking
+  for a solver is asking for trailing ones, and for analytic, for the noise of ddpm.
   """
   changes = {name: value for name, value in dataclasses.asdict(asked).items() if value is not None}
+  sampler = changes.get('sampler', default.sampler)
+  if sampler in common.SOLVERS and default.sampler not in common.SOLVERS:
+    # With few steps solvers lose much at strided ones (docs/benchmarks.md).
+    changes.setdefault('spacing', 'trailing')
+  if sampler == 'analytic' != default.sampler:
+    changes.setdefault('eta', 1.0)
   if default.spacing == 'fast27' and changes.get('num_steps', FAST27_STEPS) != FAST27_STEPS:
     changes.setdefault('spacing', 'strided')
   return dataclasses.replace(default, **changes)
+
+
+def check_words(name: str, asked: Sampling) -> None:
+  """Raises UnclipError where a stage is asked for a sampler or a spacing that does not exist.
+
+  What else is wrong with a setting shows once the model is known.
+  """
+  for what, word, known in (
+    ('sampler', asked.sampler, common.SAMPLERS),
+    ('spacing', asked.spacing, common.SPACINGS),
+  ):
+    if word is not None and word not in known:
+      raise UnclipError(f'{name}: there is no {what} {word!r}: take {common.listed(known)}')
 
 
 def describe(default: SamplingConfig, asked: Sampling) -> dict[str, Any]:
@@ -151,6 +171,12 @@ def resolve(
     raise UnclipError(f'{name}: guidance scale {scale:g} is negative: take 0 or more')
   if not 0 <= eta <= 1:
     raise UnclipError(f'{name}: eta {eta:g} is not within 0..1')
+  given = {'rescale': asked.guidance_rescale, 'interval': asked.guidance_interval}
+  for what, value in given.items():
+    if scale == 1 and value is not None:
+      raise UnclipError(
+        f'{name}: a guidance {what} is without effect at a scale of 1: give a guidance scale too'
+      )
   guidance_scale = _guidance(name, diffusion, sampling, plan, scale)
   return StageSettings(plan, guidance_scale, np.float32(eta), sampling.sampler, sampling.variance)
 
@@ -175,8 +201,14 @@ def _guidance(
       )
     share = plan.t / max(diffusion.num_steps - 1, 1)
     is_on = (ends[0] <= share) & (share <= ends[1])
+    if not is_on.any():
+      nearest = share[np.abs(share - np.mean(ends)).argmin()]
+      raise UnclipError(
+        f'{name}: no step lies within the guidance interval {ends[0]:g} to {ends[1]:g}, the '
+        f'nearest one is at {nearest:.3f}: take a wider one, or a scale of 1'
+      )
     is_on = None if is_on.all() else is_on
-  if scale == 1 or (is_on is not None and not is_on.any()):
+  if scale == 1:
     return None
   if not rescale and is_on is None:
     return np.float32(scale)

@@ -91,7 +91,7 @@ def read_scheduler(
   fields.ignore(solvers.LEFTOVERS)
   if is_solver and solver is None:
     warnings.warn(f'{path}: {name} is not here, ddim without noise takes its place', stacklevel=2)
-  elif not is_solver:
+  else:
     fields.done()
   sampling = SamplingConfig(
     num_steps=num_steps,
@@ -113,7 +113,7 @@ def write_scheduler(
   Args:
     name: of the stage, for messages.
     diffusion: of the stage.
-    sampling: of the stage; number of steps, guidance scale and eta are not written.
+    sampling: of the stage; number of steps, eta, and what guidance is are not written.
 
   Raises:
     UnclipError: there is no such scheduler.

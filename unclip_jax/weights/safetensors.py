@@ -23,6 +23,9 @@ from unclip_jax.types import Array, Params, UnclipError
 from unclip_jax.weights.byte_ranges import LazyTensor, is_remote
 from unclip_jax.weights.safetensors_file import stored_tensors
 
+# There is no way to read it without setting it: once, while no other thread makes files.
+_UMASK = os.umask(0)
+os.umask(_UMASK)
 _NAMES_SHOWN = 3
 
 
@@ -157,7 +160,7 @@ def write_atomically(path: epath.Path, write: Callable[[Path], None]) -> None:
     part = Path(path.parent) / f'.{path.name}.{secrets.token_hex(4)}.part'
     try:
       write(part)
-      part.chmod(0o666 & ~_umask())  # The safetensors package makes files for their owner alone.
+      part.chmod(0o666 & ~_UMASK)  # The safetensors package makes files for their owner alone.
       part.replace(path)
     finally:
       part.unlink(missing_ok=True)
@@ -177,12 +180,6 @@ def named_leaves(tree: Params) -> dict[str, Any]:
       raise ValueError(f'two parameters would both be stored as {name}: rename one')
     named[name] = leaf
   return named
-
-
-def _umask() -> int:
-  umask = os.umask(0)  # There is no way to read it without setting it.
-  os.umask(umask)
-  return umask
 
 
 def _open(path: epath.Path, stack: contextlib.ExitStack) -> dict[str, LazyTensor]:
