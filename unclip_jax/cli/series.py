@@ -4,10 +4,8 @@ A picture that is there under its name is whole, and is not drawn again. `series
 folder holds the pictures of, so that those of two runs are never mixed.
 """
 
-import contextlib
 import json
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -28,7 +26,6 @@ from unclip_jax.weights.safetensors import reach, write_atomically
 
 MANIFEST_NAME = 'series.json'
 _FORMAT_VERSION = 1
-_PART_SECONDS = 600  # nobody writes a picture for so long
 _LEAST_DIGITS = 5  # of a line's number in a name
 
 
@@ -126,6 +123,7 @@ def draw_series(
   drawn_with = {'model': model, 'settings': json.loads(json.dumps(settings_of_all))}
   manifest = _describe(series) | drawn_with
   _check_manifest(series.folder, manifest)
+  left = _parts(series.folder)
   share = _Share(series, shared_by)
   title = f'process {shared_by.index}: ' if shared_by.count > 1 else ''
 
@@ -163,7 +161,8 @@ def draw_series(
       'process did not finish or writes elsewhere, or the file of prompts changed; start again for '
       'these, with a folder that all share'
     )
-  _remove_parts(series.folder)
+  for part in left:  # since before the first batch: by a run that was killed
+    part.unlink(missing_ok=True)
   made = f'{drawn:,} drawn now' if shared_by.count == 1 else f'by {shared_by.count} processes'
   blank = f'; empty lines skipped: {series.scan.num_blank:,}' if series.scan.num_blank else ''
   print(f'{series.scan.num_images:,} pictures in {series.folder}, {made}{blank}', file=sys.stderr)
@@ -232,13 +231,6 @@ def _write_manifest(folder: epath.Path, manifest: dict[str, Any]) -> None:
   write_atomically(folder / MANIFEST_NAME, lambda part: part.write_text(text, 'utf-8'))
 
 
-def _remove_parts(folder: epath.Path) -> None:
-  """What a run that was killed left of pictures that it had not finished.
-
-  New ones are left alone: another run may be writing them.
-  """
-  if not is_remote(folder):
-    for part in folder.glob('.[0-9]*.png.*.part'):
-      with contextlib.suppress(FileNotFoundError):
-        if time.time() - part.stat().mtime > _PART_SECONDS:
-          part.unlink()
+def _parts(folder: epath.Path) -> list[epath.Path]:
+  """Pictures that are being written, or that a run which was killed left unfinished."""
+  return [] if is_remote(folder) else list(folder.glob('.[0-9]*.png.*.part'))
