@@ -15,6 +15,7 @@ from unclip_jax.systems import ahead, requests
 
 SETTINGS = (
   *('--prior-steps', '2', '--prior-candidates', '1', '--decoder-sampler', 'ddim'),
+  *('--prior-guidance', '2', '--prior-guidance-interval', '0.3', '1'),
   *('--decoder-guidance', '1', '--size', '16'),
 )
 

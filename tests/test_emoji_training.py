@@ -55,15 +55,6 @@ TINY = [
 ]
 
 
-@pytest.fixture(scope='module', autouse=True)
-def compilation_cache(tmp_path_factory):
-  """The same programs are traced again and again: compile each once."""
-  jax.config.update('jax_compilation_cache_dir', str(tmp_path_factory.mktemp('cache')))
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
-  yield
-  jax.config.update('jax_compilation_cache_dir', None)
-
-
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory) -> Path:
   """A run whose stages were all trained for four updates without a break."""

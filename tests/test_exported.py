@@ -1,5 +1,6 @@
 """Programs in folders: written for any platform, read back, refused where they cannot run."""
 
+import dataclasses
 import json
 import shutil
 
@@ -61,6 +62,17 @@ def test_settings_are_part_of_the_program(model, tmp_path):
   write_exported(fuse(model, **asked), tmp_path / 'program')
   images = load_exported(tmp_path / 'program').generate(APPLE, 3)
   assert np.abs(images.astype(int) - model.generate(APPLE, 3, **asked)).max() <= 1
+
+
+def test_the_statistics_of_analytic_travel_with_the_program(model, tmp_path):
+  power = {'decoder': np.linspace(0.3, 0.9, 1000, dtype='f')}
+  measured = dataclasses.replace(model, eps_power=power)
+  asked = {'decoder': Sampling(num_steps=3, sampler='analytic'), 'size': 16}
+  write_exported(fuse(measured, **asked), tmp_path / 'program')
+  images = load_exported(tmp_path / 'program').generate(APPLE, 3)
+  assert np.abs(images.astype(int) - measured.generate(APPLE, 3, **asked)).max() <= 1
+  with pytest.raises(UnclipError, match='decoder: analytic needs statistics'):
+    fuse(model, **asked)
 
 
 def test_other_platforms_are_lowered_here_and_refused_here(model, tmp_path):

@@ -109,7 +109,11 @@ def test_a_nan_on_the_way_names_its_stage(fused):
   [
     ({'decoder': Sampling(num_steps=2)}, 'decoder: 2 steps are asked for, the program has 4'),
     ({'upsampler': Sampling(num_steps=2)}, 'upsamplers.0: 2 steps are asked for'),
-    ({'decoder': Sampling(sampler='ddim')}, 'other samplers'),
+    ({'decoder': Sampling(sampler='ddim')}, "decoder: the sampler 'ddim' is asked for"),
+    (
+      {'decoder': Sampling(guidance_scale=2, guidance_rescale=0.5)},
+      'decoder: guidance rescale is asked for',
+    ),
     ({'decoder': Sampling(guidance_scale=1)}, 'decoder: guidance is not asked for'),
     ({'prior': Sampling(guidance_scale=2)}, 'prior: guidance is asked for'),
     ({'decoder': 3}, 'give a Sampling, not int'),

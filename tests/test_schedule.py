@@ -109,6 +109,13 @@ def test_impossible_numbers_of_steps(timesteps, n, words):
     timesteps(1000, n)
 
 
+@pytest.mark.parametrize('timesteps', [sch.linspace_timesteps, sch.inner_timesteps])
+def test_spacings_that_leave_one_out_take_one_step_less(timesteps):
+  assert len(set(timesteps(1000, 999))) == 999
+  with pytest.raises(UnclipError, match='1000 is too many, take at most 999'):
+    timesteps(1000, 1000)
+
+
 def test_impossible_schedules():
   with pytest.raises(UnclipError, match='num_steps'):
     sch.cosine_schedule(0)

@@ -188,6 +188,24 @@ def test_one_step_and_paths_that_turn_are_of_order_one():
   np.testing.assert_allclose(a, b, atol=2e-6)
 
 
+@pytest.mark.parametrize('sampler', [solvers.dpm_solver_pp(), solvers.unipc()])
+def test_solvers_move_by_x_0_alone(sampler):
+  """What bounds x_0 may leave eps as it was (`keep_eps`): they are the same then."""
+  plan = schedule.make_plan(SCHEDULE, schedule.strided_timesteps(1000, 6))
+  x_T = samplers.start_noise(keys(2), (7,))
+
+  def other_eps(x_t, step):
+    return mixture_denoiser(x_t, step)._replace(eps=jnp.full_like(x_t, 7.0))
+
+  one, other = (
+    sample_loop(denoise_fn, sampler, plan, x_T, keys(2))
+    for denoise_fn in (mixture_denoiser, other_eps)
+  )
+  np.testing.assert_allclose(one, other, atol=2e-6)
+  ddim = sample_loop(other_eps, samplers.ddim(), plan, x_T, keys(2))
+  assert np.abs(ddim - one).max() > 1
+
+
 def test_solvers_invert_from_x_0():
   x_0 = np.linspace(-1, 1, 6, dtype='f')[None]
   up = schedule.make_plan(SCHEDULE, np.arange(20, 801, 20), from_x_0=True, to_x_0=False)

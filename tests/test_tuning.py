@@ -37,15 +37,6 @@ SHORT = [
 OPTIMIZER = OptimizerConfig(learning_rate=0.01)
 
 
-@pytest.fixture(scope='module', autouse=True)
-def compilation_cache(tmp_path_factory):
-  """The same programs are traced again and again: compile each once."""
-  jax.config.update('jax_compilation_cache_dir', str(tmp_path_factory.mktemp('cache')))
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
-  yield
-  jax.config.update('jax_compilation_cache_dir', None)
-
-
 @pytest.fixture(scope='module')
 def base(tmp_path_factory):
   return write_tiny_model(tmp_path_factory.mktemp('base'))

@@ -31,15 +31,6 @@ OPTIONS = [
 ]
 
 
-@pytest.fixture(scope='module', autouse=True)
-def compilation_cache(tmp_path_factory):
-  """The same programs are traced again and again: compile each once."""
-  jax.config.update('jax_compilation_cache_dir', str(tmp_path_factory.mktemp('cache')))
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
-  yield
-  jax.config.update('jax_compilation_cache_dir', None)
-
-
 @pytest.fixture(scope='module')
 def karlo(tmp_path_factory):
   """The folder for captions, with the image tower that the other pipeline has beside it."""

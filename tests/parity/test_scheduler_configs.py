@@ -290,6 +290,8 @@ def test_what_another_scheduler_left_in_a_file_says_nothing(tmp_path):
     ('PNDMScheduler', 'trained_betas', [0.1, 0.2]),
     ('EulerDiscreteScheduler', 'rescale_betas_zero_snr', True),
     ('UniPCMultistepScheduler', 'use_flow_sigmas', True),
+    ('UniPCMultistepScheduler', 'what_comes_next', 3),
+    ('DPMSolverMultistepScheduler', 'what_comes_next', 3),
     ('FlowMatchEulerDiscreteScheduler', '_class_name', 'FlowMatchEulerDiscreteScheduler'),
   ],
 )

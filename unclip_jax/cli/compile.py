@@ -5,24 +5,20 @@ from typing import Annotated, Any
 import typer
 
 from unclip_jax.cli.options import (
-  MACHINE,
-  DecoderGuidanceOption,
-  DecoderSamplerOption,
-  DecoderStepsOption,
+  CandidatesOption,
+  DevicesOption,
   DtypeOption,
   ModelArgument,
-  PriorCandidatesOption,
-  PriorGuidanceOption,
+  ModelDevicesOption,
   PriorModelOption,
-  PriorSamplerOption,
-  PriorStepsOption,
   SizeOption,
-  UpsamplerSamplerOption,
-  UpsamplerStepsOption,
+  TileOption,
   numbers,
+  with_samplings,
 )
 
 
+@with_samplings
 def compile_ahead(
   model: ModelArgument = 'default',
   batch_sizes: Annotated[
@@ -31,24 +27,11 @@ def compile_ahead(
   size: SizeOption = None,
   prior_model: PriorModelOption = None,
   dtype: DtypeOption = 'float32',
-  devices: Annotated[
-    int, typer.Option(help='Devices that share the work.', rich_help_panel=MACHINE)
-  ] = 1,
-  model_devices: Annotated[
-    int,
-    typer.Option(
-      help='How many of them share one copy of the parameters.', rich_help_panel=MACHINE
-    ),
-  ] = 1,
-  prior_steps: PriorStepsOption = None,
-  prior_sampler: PriorSamplerOption = None,
-  prior_guidance: PriorGuidanceOption = None,
-  prior_candidates: PriorCandidatesOption = None,
-  decoder_steps: DecoderStepsOption = None,
-  decoder_sampler: DecoderSamplerOption = None,
-  decoder_guidance: DecoderGuidanceOption = None,
-  upsampler_steps: UpsamplerStepsOption = None,
-  upsampler_sampler: UpsamplerSamplerOption = None,
+  devices: DevicesOption = 1,
+  model_devices: ModelDevicesOption = 1,
+  samplings: Any = None,
+  prior_candidates: CandidatesOption = None,
+  tile: TileOption = None,
 ) -> None:
   """Compile what `generate` runs with these settings, into the user's cache; reads no weights.
 
@@ -63,11 +46,6 @@ def compile_ahead(
   from unclip_jax.types import UnclipError
 
   sizes = numbers('--batch-sizes', batch_sizes)
-  samplings = requests.Samplings(
-    settings.Sampling(prior_steps, prior_sampler, prior_guidance),
-    settings.Sampling(decoder_steps, decoder_sampler, decoder_guidance),
-    settings.Sampling(upsampler_steps, upsampler_sampler),
-  )
   use_cache(True)
   if jax.config.jax_compilation_cache_dir is None:
     raise UnclipError(
@@ -98,6 +76,7 @@ def compile_ahead(
         prior_candidates,
         size,
         opened.eps_power,
+        tile,
       )
 
       def report(stage: str, batch_size: int = batch_size) -> None:

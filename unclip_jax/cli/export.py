@@ -1,28 +1,22 @@
 """`unclip-jax export`: all stages as one program, for other machines."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 import unclip_jax
 from unclip_jax.cli.options import (
   MACHINE,
-  DecoderGuidanceOption,
-  DecoderSamplerOption,
-  DecoderStepsOption,
+  CandidatesOption,
   DtypeOption,
-  PriorCandidatesOption,
-  PriorGuidanceOption,
   PriorModelOption,
-  PriorSamplerOption,
-  PriorStepsOption,
   SizeOption,
-  UpsamplerSamplerOption,
-  UpsamplerStepsOption,
   option,
+  with_samplings,
 )
 
 
+@with_samplings
 def export(
   model: Annotated[
     str, typer.Argument(metavar='MODEL', help="A folder, a hub's owner/name, or 'default'.")
@@ -37,15 +31,8 @@ def export(
   size: SizeOption = None,
   prior_model: PriorModelOption = None,
   dtype: DtypeOption = 'float32',
-  prior_steps: PriorStepsOption = None,
-  prior_sampler: PriorSamplerOption = None,
-  prior_guidance: PriorGuidanceOption = None,
-  prior_candidates: PriorCandidatesOption = None,
-  decoder_steps: DecoderStepsOption = None,
-  decoder_sampler: DecoderSamplerOption = None,
-  decoder_guidance: DecoderGuidanceOption = None,
-  upsampler_steps: UpsamplerStepsOption = None,
-  upsampler_sampler: UpsamplerSamplerOption = None,
+  samplings: Any = None,
+  prior_candidates: CandidatesOption = None,
 ) -> None:
   """Write all stages of a model as one program, with its parameters, for any platform.
 
@@ -53,7 +40,6 @@ def export(
   """
   from unclip_jax.systems.exported import write_exported
   from unclip_jax.systems.fused import fuse
-  from unclip_jax.systems.settings import Sampling
   from unclip_jax.terminal import plain_warnings
 
   names = None if platforms is None else [name.strip() for name in platforms.split(',')]
@@ -62,9 +48,7 @@ def export(
     fused = fuse(
       loaded,
       batch_size,
-      prior=Sampling(prior_steps, prior_sampler, prior_guidance),
-      decoder=Sampling(decoder_steps, decoder_sampler, decoder_guidance),
-      upsampler=Sampling(upsampler_steps, upsampler_sampler),
+      **samplings._asdict(),
       num_candidates=prior_candidates,
       size=size,
     )

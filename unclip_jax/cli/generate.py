@@ -14,25 +14,26 @@ from unclip_jax.cli.options import (
   DECODER,
   MACHINE,
   OUTPUT,
-  PRIOR,
   PROCESSES,
-  UPSAMPLER,
+  CandidatesOption,
+  DevicesOption,
+  DtypeOption,
+  ModelDevicesOption,
   ModelOption,
   PriorModelOption,
+  SizeOption,
+  TileOption,
   option,
   output_folder,
+  with_samplings,
 )
 
-_SAMPLER_HELP = 'ddpm, ddim, dpmpp_2m, dpmpp_2m_sde, unipc, plms or analytic.'
-_SPACING_HELP = 'Of the timesteps: strided, trailing, log_snr, leading, linspace or karlo.'
-_RESCALE_HELP = 'From 0 to 1: how much of the contrast that guidance adds is taken back.'
-_INTERVAL_HELP = 'Guide between these shares of the noise schedule only, from 0 to 1: faster.'
 _STAGES = ('clip', 'prior', 'decoder_text', 'decoder', 'autoencoder')
 _MOST_WARNINGS = 20  # about the prompts of a file
 _NAMES_OF_MODELS = ('model', 'prior_model')
-_ETA_HELP = 'Noise of ddim and analytic, from 0 (none) to 1 (as much as ddpm).'
 
 
+@with_samplings
 def generate(
   prompts: Annotated[
     list[str] | None,
@@ -87,28 +88,15 @@ def generate(
       rich_help_panel=OUTPUT,
     ),
   ] = 'out',
-  size: Annotated[
-    int | None,
-    option(OUTPUT, "Pixels: a size that 'unclip-jax info' lists. (default: the largest)"),
-  ] = None,
+  size: SizeOption = None,
   model: ModelOption = 'default',
   prior_model: PriorModelOption = None,
-  dtype: Annotated[
-    str, typer.Option(help='float32, bfloat16 or float16.', rich_help_panel=MACHINE)
-  ] = 'float32',
+  dtype: DtypeOption = 'float32',
   batch_size: Annotated[
     int | None, option(MACHINE, 'Pictures drawn at a time. (default: 4 on a CPU, else 16)')
   ] = None,
-  devices: Annotated[
-    int, typer.Option(help='Devices that share the work.', rich_help_panel=MACHINE)
-  ] = 1,
-  model_devices: Annotated[
-    int,
-    typer.Option(
-      help='How many of them share one copy of the parameters, for a model too large for one.',
-      rich_help_panel=MACHINE,
-    ),
-  ] = 1,
+  devices: DevicesOption = 1,
+  model_devices: ModelDevicesOption = 1,
   offload: Annotated[
     bool,
     typer.Option(
@@ -117,10 +105,7 @@ def generate(
       rich_help_panel=MACHINE,
     ),
   ] = False,
-  tile: Annotated[
-    int | None,
-    option(MACHINE, 'Pixels a side that an autoencoder decodes at a time. (default: all)'),
-  ] = None,
+  tile: TileOption = None,
   lora: Annotated[
     list[str] | None,
     typer.Option(
@@ -156,38 +141,11 @@ def generate(
   process_id: Annotated[
     int | None, option(PROCESSES, 'By hand: which of them this one is, from 0.')
   ] = None,
-  prior_steps: Annotated[int | None, option(PRIOR, 'Denoising steps.')] = None,
-  prior_sampler: Annotated[str | None, option(PRIOR, _SAMPLER_HELP)] = None,
-  prior_guidance: Annotated[
-    float | None, option(PRIOR, 'How much the caption is stressed; 1 is as it is.')
-  ] = None,
-  prior_eta: Annotated[float | None, option(PRIOR, _ETA_HELP)] = None,
-  prior_spacing: Annotated[str | None, option(PRIOR, _SPACING_HELP)] = None,
-  prior_guidance_rescale: Annotated[float | None, option(PRIOR, _RESCALE_HELP)] = None,
-  prior_guidance_interval: Annotated[
-    tuple[float, float] | None, option(PRIOR, _INTERVAL_HELP, 'LOW HIGH')
-  ] = None,
-  prior_candidates: Annotated[
-    int | None, option(PRIOR, 'Embeddings drawn for a picture; the nearest one is kept.')
-  ] = None,
-  decoder_steps: Annotated[int | None, option(DECODER, 'Denoising steps.')] = None,
-  decoder_sampler: Annotated[str | None, option(DECODER, _SAMPLER_HELP)] = None,
-  decoder_guidance: Annotated[
-    float | None, option(DECODER, 'How much the caption is stressed; 1 is as it is.')
-  ] = None,
-  decoder_eta: Annotated[float | None, option(DECODER, _ETA_HELP)] = None,
-  decoder_spacing: Annotated[str | None, option(DECODER, _SPACING_HELP)] = None,
-  decoder_guidance_rescale: Annotated[float | None, option(DECODER, _RESCALE_HELP)] = None,
-  decoder_guidance_interval: Annotated[
-    tuple[float, float] | None, option(DECODER, _INTERVAL_HELP, 'LOW HIGH')
-  ] = None,
+  samplings: Any = None,
+  prior_candidates: CandidatesOption = None,
   noise_level: Annotated[
     int | None, option(DECODER, 'Stable unCLIP: the higher, the more pictures of one image differ.')
   ] = None,
-  upsampler_steps: Annotated[int | None, option(UPSAMPLER, 'Denoising steps.')] = None,
-  upsampler_sampler: Annotated[str | None, option(UPSAMPLER, _SAMPLER_HELP)] = None,
-  upsampler_eta: Annotated[float | None, option(UPSAMPLER, _ETA_HELP)] = None,
-  upsampler_spacing: Annotated[str | None, option(UPSAMPLER, _SPACING_HELP)] = None,
 ) -> None:
   """Draw pictures of captions or variations of a picture, each a PNG, and all in grid.png."""
   from rich.console import Console
@@ -202,29 +160,6 @@ def generate(
   from unclip_jax.terminal import interrupts, memory_errors, plain_warnings, use_cache
   from unclip_jax.types import UnclipError
 
-  prior = settings.Sampling(
-    prior_steps,
-    prior_sampler,
-    prior_guidance,
-    prior_eta,
-    None,
-    prior_spacing,
-    prior_guidance_rescale,
-    prior_guidance_interval,
-  )
-  decoder = settings.Sampling(
-    decoder_steps,
-    decoder_sampler,
-    decoder_guidance,
-    decoder_eta,
-    None,
-    decoder_spacing,
-    decoder_guidance_rescale,
-    decoder_guidance_interval,
-  )
-  upsampler = settings.Sampling(
-    upsampler_steps, upsampler_sampler, eta=upsampler_eta, spacing=upsampler_spacing
-  )
   by_hand = (coordinator, num_processes, process_id) != (None, None, None)
   if prompts_file is not None and (prompts or image is not None or mask is not None):
     raise typer.BadParameter('--prompts goes without a PROMPT, --image and --mask')
@@ -237,7 +172,7 @@ def generate(
   if lora_strength != 1 and not lora:
     raise typer.BadParameter('--lora-strength goes with --lora')
   use_cache(cache)
-  for name, asked in (('prior', prior), ('decoder', decoder), ('upsampler', upsampler)):
+  for name, asked in samplings._asdict().items():
     settings.check_words(name, asked)
 
   # Read first: a mistake in its name, or in a line, should not wait for a large model.
@@ -270,10 +205,10 @@ def generate(
       'size': size or settings.sizes(config)[len(ups)],
       'dtype': dtype,
       'negative_prompt': negative_prompt,
-      **_describe_source(config, image, prior, prior_candidates),
-      'decoder': settings.describe(config.decoder.sampling, decoder),
+      **_describe_source(config, image, samplings.prior, prior_candidates),
+      'decoder': settings.describe(config.decoder.sampling, samplings.decoder),
       **{name: value for name, value in others.items() if value is not None},
-      'upsamplers': [settings.describe(up.sampling, upsampler) for up in ups],
+      'upsamplers': [settings.describe(up.sampling, samplings.upsampler) for up in ups],
     }
     text = {
       'seed': str(seed),
@@ -285,9 +220,7 @@ def generate(
         sample_series,
         loaded,
         negative_prompt=negative_prompt,
-        prior=prior,
-        decoder=decoder,
-        upsampler=upsampler,
+        **samplings._asdict(),
         num_candidates=prior_candidates,
         size=size,
         noise_level=noise_level,
@@ -323,9 +256,7 @@ def generate(
         num_images,
         first_image=first_image,
         negative_prompt=negative_prompt,
-        prior=prior,
-        decoder=decoder,
-        upsampler=upsampler,
+        **samplings._asdict(),
         num_candidates=prior_candidates,
         size=size,
         z_i=z_i,

@@ -1,7 +1,9 @@
 """What the commands share: options by their panels, and the folder that pictures go to."""
 
 import contextlib
-from collections.abc import Iterator
+import functools
+import inspect
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
 import typer
@@ -57,18 +59,82 @@ SizeOption = Annotated[
   option(OUTPUT, "Pixels: a size that 'unclip-jax info' lists. (default: the largest)"),
 ]
 
-# What makes another program, of the settings of `generate`.
-_GUIDED = 'Whether there is guidance: 1 is none, others are one program.'
-_SAMPLER = 'As of generate.'
-PriorStepsOption = Annotated[int | None, option(PRIOR, 'Denoising steps.')]
-PriorSamplerOption = Annotated[str | None, option(PRIOR, _SAMPLER)]
-PriorGuidanceOption = Annotated[float | None, option(PRIOR, _GUIDED)]
-PriorCandidatesOption = Annotated[int | None, option(PRIOR, 'Embeddings drawn for a picture.')]
-DecoderStepsOption = Annotated[int | None, option(DECODER, 'Denoising steps.')]
-DecoderSamplerOption = Annotated[str | None, option(DECODER, _SAMPLER)]
-DecoderGuidanceOption = Annotated[float | None, option(DECODER, _GUIDED)]
-UpsamplerStepsOption = Annotated[int | None, option(UPSAMPLER, 'Denoising steps.')]
-UpsamplerSamplerOption = Annotated[str | None, option(UPSAMPLER, _SAMPLER)]
+_SAMPLER_HELP = 'ddpm, ddim, dpmpp_2m, dpmpp_2m_sde, unipc, plms or analytic.'
+_GUIDANCE_HELP = 'How much the caption is stressed; 1 is as it is.'
+_ETA_HELP = 'Noise of ddim and analytic, from 0 (none) to 1 (as much as ddpm).'
+_SPACING_HELP = 'Of the timesteps: strided, trailing, log_snr, leading, linspace or karlo.'
+_RESCALE_HELP = 'From 0 to 1: how much of the contrast that guidance adds is taken back.'
+_INTERVAL_HELP = 'Guide between these shares of the noise schedule only, from 0 to 1: faster.'
+# Of each stage: the end of an option's name, the field of `Sampling`, its type, and its help.
+_SAMPLING: tuple[tuple[str, str, Any, str], ...] = (
+  ('steps', 'num_steps', int, 'Denoising steps.'),
+  ('sampler', 'sampler', str, _SAMPLER_HELP),
+  ('eta', 'eta', float, _ETA_HELP),
+  ('spacing', 'spacing', str, _SPACING_HELP),
+  ('guidance', 'guidance_scale', float, _GUIDANCE_HELP),
+  ('guidance_rescale', 'guidance_rescale', float, _RESCALE_HELP),
+  ('guidance_interval', 'guidance_interval', tuple[float, float], _INTERVAL_HELP),
+)
+_PANELS = {'prior': PRIOR, 'decoder': DECODER, 'upsampler': UPSAMPLER}
+
+
+def with_samplings(command: Callable[..., None]) -> Callable[..., None]:
+  """Gives a command the options of how prior, decoder and upsamplers are sampled.
+
+  They stand where its parameter `samplings` stands, a `requests.Samplings` that it is called with.
+  """
+  fields: dict[str, tuple[str, str]] = {}
+  added = []
+  for stage, panel in _PANELS.items():
+    for name, field, kind, text in _SAMPLING:
+      if stage == 'upsampler' and name.startswith('guidance'):
+        continue
+      metavar = 'LOW HIGH' if name == 'guidance_interval' else None
+      annotation = Annotated[kind | None, option(panel, text, metavar)]
+      fields[f'{stage}_{name}'] = stage, field
+      added.append(_parameter(f'{stage}_{name}', annotation))
+
+  @functools.wraps(command)
+  def run(**values: Any) -> None:
+    from unclip_jax.systems.requests import Samplings
+    from unclip_jax.systems.settings import Sampling
+
+    asked: dict[str, dict[str, Any]] = {stage: {} for stage in _PANELS}
+    for name, (stage, field) in fields.items():
+      asked[stage][field] = values.pop(name)
+    command(samplings=Samplings(*(Sampling(**asked[stage]) for stage in _PANELS)), **values)
+
+  parameters = list(inspect.signature(command).parameters.values())
+  place = [parameter.name for parameter in parameters].index('samplings')
+  parameters[place : place + 1] = added
+  run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+  run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+  return run
+
+
+def _parameter(name: str, annotation: Any) -> inspect.Parameter:
+  kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+  return inspect.Parameter(name, kind, default=None, annotation=annotation)
+
+
+CandidatesOption = Annotated[
+  int | None, option(PRIOR, 'Embeddings drawn for a picture; the nearest one is kept.')
+]
+TileOption = Annotated[
+  int | None,
+  option(MACHINE, 'Pixels a side that an autoencoder decodes at a time. (default: all)'),
+]
+DevicesOption = Annotated[
+  int, typer.Option('--devices', help='Devices that share the work.', rich_help_panel=MACHINE)
+]
+ModelDevicesOption = Annotated[
+  int,
+  typer.Option(
+    '--model-devices',
+    help='How many of them share one copy of the parameters, for a model too large for one.',
+    rich_help_panel=MACHINE,
+  ),
+]
 
 
 def numbers(name: str, text: str) -> list[int]:

@@ -52,7 +52,7 @@ def _count(n: int, what: str, most: int | None = None) -> int:
   if n < 1:
     raise UnclipError(f'{what}: {n} is too few, take 1 or more')
   if most is not None and n > most:
-    raise UnclipError(f'{what}: {n} is more than the {most} of the schedule, take at most {most}')
+    raise UnclipError(f'{what}: {n} is too many, take at most {most}')
   return n
 
 

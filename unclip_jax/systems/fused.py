@@ -24,7 +24,12 @@ from unclip_jax.systems.unclip import Unclip
 from unclip_jax.types import Array, Params, UnclipError
 
 _AS_MADE = Sampling()
-_SCALE = '.guidance_scale'
+# Names of inputs end so; what they are called in messages.
+_WORDS = {
+  '.guidance_scale': 'guidance',
+  '.guidance_scale.is_on': 'a guidance interval',
+  '.guidance_scale.rescale': 'guidance rescale',
+}
 _NOTHING = requests.Given(None, None, None, None, None, None)
 
 Inputs = Mapping[str, Array | np.ndarray]
@@ -182,13 +187,8 @@ class Fused:
     filled = np.pad(rows, (0, self.batch_size - len(rows)), mode='edge')
     inputs, how = split(request.take(filled))
     expected, settled = self.made_for
-    for name in sorted({*inputs, *expected}):
-      _check_input(name, inputs.get(name), expected.get(name))
-    if how != settled:
-      raise UnclipError(
-        'this program was made for other samplers or stages than are asked for: make one with '
-        'these settings'
-      )
+    _check_settled(how, settled)
+    _check_inputs(inputs, expected)
     if self.mesh is None:
       return inputs
     of_rows = {name for name in inputs if name.partition('.')[0] in OF_ROWS}
@@ -272,22 +272,51 @@ def _merge(made: Sampling, asked: Sampling) -> Sampling:
   return dataclasses.replace(made, **{k: v for k, v in values.items() if v is not None})
 
 
-def _check_input(name: str, given: Any, expected: Any) -> None:
-  """Raises UnclipError where a program would not take what it is given."""
-  stage, is_plan, _ = name.partition('.plan.')
-  what = f'{stage.removesuffix(_SCALE)}: guidance' if name.endswith(_SCALE) else name
-  if expected is None:
-    raise UnclipError(f'{what} is asked for, the program was made without: make one with it')
-  if given is None:
-    raise UnclipError(f'{what} is not asked for, the program was made with it: make one without')
-  if given.shape == expected.shape and given.dtype == expected.dtype:
-    return
-  if is_plan:
-    raise UnclipError(
-      f'{stage}: {given.size} steps are asked for, the program has {expected.size}: make one with '
-      f'{given.size}'
-    )
-  raise UnclipError(
-    f'{name} is {given.dtype}{list(given.shape)}, the program takes '
-    f'{expected.dtype}{list(expected.shape)}: make one for that'
+def _check_settled(asked: Request, made: Request) -> None:
+  """Raises UnclipError where what is asked for is settled otherwise in the program; names it."""
+  asked_leaves, made_leaves = (
+    {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(request)}
+    for request in (asked, made)
   )
+  for name in sorted({*asked_leaves, *made_leaves}):
+    wanted, had = asked_leaves.get(name), made_leaves.get(name)
+    if wanted != had:
+      stage, _, field = name.rpartition('.')
+      what = f'{stage}: the {field}' if stage else name.replace('_', ' ')
+      raise UnclipError(
+        f'{what} {wanted!r} is asked for, the program was made with {had!r}: make one with it'
+      )
+
+
+def _check_inputs(given: Inputs, expected: Mapping[str, jax.ShapeDtypeStruct]) -> None:
+  """Raises UnclipError where a program would not take what it is given; names it."""
+  if surplus := sorted(given.keys() - expected.keys()):
+    raise UnclipError(
+      f'{_in_words(surplus[0])} is asked for, the program was made without: make one with it'
+    )
+  if missing := sorted(expected.keys() - given.keys()):
+    raise UnclipError(
+      f'{_in_words(missing[0])} is not asked for, the program was made with it: make one without'
+    )
+  for name, array in given.items():
+    wanted = expected[name]
+    if array.shape == wanted.shape and array.dtype == wanted.dtype:
+      continue
+    stage, is_plan, _ = name.partition('.plan.')
+    if is_plan:
+      raise UnclipError(
+        f'{stage}: {array.size} steps are asked for, the program has {wanted.size}: make one with '
+        f'{array.size}'
+      )
+    raise UnclipError(
+      f'{name} is {array.dtype}{list(array.shape)}, the program takes '
+      f'{wanted.dtype}{list(wanted.shape)}: make one for that'
+    )
+
+
+def _in_words(name: str) -> str:
+  """An input as messages call it."""
+  for end, words in _WORDS.items():
+    if name.endswith(end):
+      return f'{name.removesuffix(end)}: {words}'
+  return name

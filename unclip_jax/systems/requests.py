@@ -136,6 +136,7 @@ def example(
   num_candidates: int | None,
   size: int | None,
   eps_power: Mapping[str, np.ndarray] = _NO_STATISTICS,
+  tile: int | None = None,
 ) -> Request:
   """A request of any captions, for what depends on shapes alone.
 
@@ -161,7 +162,7 @@ def example(
     size,
     Given(None, z_i, None, None, None, None),
     False,
-    None,
+    tile,
     eps_power,
   )
 
