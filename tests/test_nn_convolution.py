@@ -107,3 +107,27 @@ def test_gradients_flow_through_it():
 
   ours, theirs = gradient(Conv3x3(WIDE)), gradient(nn.Conv(WIDE, (3, 3)))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), ours, theirs)
+
+
+def test_transformed_kernels_are_in_memory_one_at_a_time():
+  x, variables = make(WIDE, WIDE, (1, 32, 32))
+  layer = Conv3x3(WIDE)
+
+  def temporaries(depth):
+    def deep(x, variables):
+      for each in variables:
+        x = jnp.tanh(layer.apply(each, x))
+      return x
+
+    memory = jax.jit(deep).lower(x, [variables] * depth).compile().memory_analysis()
+    return memory.temp_size_in_bytes
+
+  # One more is 16/9 of a kernel at least.
+  assert temporaries(6) - temporaries(3) < variables['params']['kernel'].nbytes
+
+
+def test_a_nan_in_the_kernel_shows():
+  x, variables = make(WIDE, WIDE, (1, 32, 32))
+  kernel = variables['params']['kernel'].at[0, 0, 0, 0].set(jnp.nan)
+  out = Conv3x3(WIDE).apply({'params': {**variables['params'], 'kernel': kernel}}, x)
+  assert jnp.isnan(out).all()

@@ -7,6 +7,7 @@ one to two times that of a direct convolution for m = 2, and about four times fo
 points are chosen for it. GPUs and TPUs have convolutions of their own.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -43,7 +44,7 @@ class Conv3x3(nn.Module):
     x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
     tile = tile_size(math.prod(sizes), c, self.features)
     if deterministic and tile and jnp.dtype(self.dtype) == jnp.float32:
-      tiled = lambda x, kernel: winograd(x, kernel, tile)  # noqa: E731
+      tiled = functools.partial(_apart, functools.partial(winograd, tile=tile))
       x = jax.lax.platform_dependent(x, kernel, cpu=tiled, default=direct)
     else:
       x = direct(x, kernel)
@@ -68,9 +69,6 @@ def direct(x: Array, kernel: Array) -> Array:
 
 def winograd(x: Array, kernel: Array, tile: int) -> Array:
   """As `direct`, in tiles of 2 or 4 pixels a side (Lavin & Gray, eq. 8); any height and width."""
-  # Kernels are transformed where they are used: what compilers would take out of a loop of sampling
-  # steps costs little time, and all of them together more memory than the network has parameters.
-  x, kernel = jax.lax.optimization_barrier((x, kernel))
   transforms, side = _make_transforms(tile), tile + 2
   b, height, width, c = x.shape
   rows, columns = -(-height // tile), -(-width // tile)
@@ -92,6 +90,18 @@ def winograd(x: Array, kernel: Array, tile: int) -> Array:
   out = [_combine(transforms.of_output, list(column), 2) for column in by_column]
   out = jnp.stack(out, axis=4)  # [b, rows, tile, columns, tile, d]
   return out.reshape(b, rows * tile, columns * tile, -1)[:, :height, :width]
+
+
+def _apart(conv: Callable[[Array, Array], Array], x: Array, kernel: Array) -> Array:
+  """A convolution as a branch of its own, which is taken unless the kernel begins with a NaN.
+
+  So its kernel is transformed where it is used. Out of a loop of sampling steps, or all of them at
+  the beginning of a step, as XLA orders work for the sake of concurrency, transformed kernels would
+  take several times the memory of the network's parameters, and leave the caches before they are
+  read. An optimisation barrier is gone before the order is settled.
+  """
+  nothing = lambda x, kernel: jnp.full((*x.shape[:3], kernel.shape[3]), jnp.nan, x.dtype)  # noqa: E731
+  return jax.lax.cond(jnp.isnan(kernel[0, 0, 0, 0]), nothing, conv, x, kernel)
 
 
 class _Transforms(NamedTuple):
