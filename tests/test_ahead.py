@@ -5,7 +5,9 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from tiny_model import CONFIG, TEXTS, write_tiny_model
 
 from unclip_jax import Sampling
@@ -65,6 +67,18 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path):
   assert 'a batch of 3 cannot be spread over 2 devices: take a multiple of 2' in done.stderr
 
 
+@pytest.fixture
+def cache(tmp_path):
+  """A cache of programs with nothing in it."""
+  before = jax.config.jax_compilation_cache_dir
+  compilation_cache.reset_cache()
+  jax.config.update('jax_compilation_cache_dir', str(tmp_path / 'cache'))
+  yield
+  jax.config.update('jax_compilation_cache_dir', before)
+  compilation_cache.reset_cache()
+
+
+@pytest.mark.usefixtures('cache')
 def test_what_is_cached_is_counted(tmp_path):
   text = CONFIG.clip.text
   tokenizer = Tokenizer.train(TEXTS * 3, text.vocab_size, text.context_length)
@@ -72,7 +86,7 @@ def test_what_is_cached_is_counted(tmp_path):
   samplings = requests.Samplings(as_is, as_is, as_is)
   request = requests.example(CONFIG, tokenizer, None, 1, samplings, None, 16)
   told = []
-  stages = ahead.compile_stages(CONFIG, request, 'float32', report=told.append)
+  stages = ahead.compile_stages(CONFIG, request, jnp.float32, report=told.append)
   assert [stage.stage for stage in stages] == ['clip', 'prior', 'decoder'] == told
   clip, prior, decoder = stages
   # One for keys, one for the text (the empty caption's is the same); and the images in the end.
@@ -80,15 +94,9 @@ def test_what_is_cached_is_counted(tmp_path):
   assert clip.argument_bytes > request.tokens.ids.nbytes
   assert decoder.argument_bytes > prior.argument_bytes > 0 and decoder.temp_bytes > 0
   assert all(stage.num_cached == 0 and stage.seconds > 0 for stage in stages)
-
-
-@pytest.fixture
-def cache(tmp_path):
-  """A cache of programs for this process; nothing is compiled while it is there."""
-  before = jax.config.jax_compilation_cache_dir
-  jax.config.update('jax_compilation_cache_dir', str(tmp_path / 'cache'))
-  yield
-  jax.config.update('jax_compilation_cache_dir', before)
+  jax.clear_caches()
+  again = ahead.compile_stages(CONFIG, request, jnp.float32)
+  assert [stage.num_cached for stage in again] == [2, 4, 4]
 
 
 @pytest.mark.parametrize(

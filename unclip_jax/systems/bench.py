@@ -88,6 +88,7 @@ def measure(
   options: Options,
   peer: Peer | None = None,
   tell: Callable[[str], None] = lambda line: None,
+  save: Callable[[dict[str, Any]], None] = lambda results: None,
 ) -> dict[str, Any]:
   """Measures, and gives all figures as what JSON can hold.
 
@@ -96,6 +97,7 @@ def measure(
     options: what, and how.
     peer: what it is held against, on one device.
     tell: told of what comes next.
+    save: given what there is after each stage: all but the peaks, the shares of them, and sums.
 
   Returns:
     'about', 'peaks', 'stages' and 'end_to_end'; `experiments/bench_sampling.py` lists the fields.
@@ -121,6 +123,7 @@ def measure(
     for stage in wanted:
       if stage != END_TO_END:
         results['stages'] += bench.stage(stage)
+        save(results)
   if peer is not None and not options.stages:
     results[END_TO_END] = figures.sums(results['stages'])
   # Last, as their arrays would count as the memory of the first stage.
@@ -195,7 +198,7 @@ class _Bench:
         self.tell(f'{stage}, {_on(batch, devices)}')
         entry = self.one(stage, placed, batch, devices, mesh, twin if devices == 1 else None)
         found.append(entry)
-        self.tell(f'  {entry["seconds"]["median"]:.4g} s')
+        self.tell(f'  {entry["seconds"]["median"]:.4g} s{_against(entry.get("peer"))}')
     return found
 
   def one(
@@ -212,7 +215,7 @@ class _Bench:
     programs, compile_seconds = compile_calls(calls, params)
     contenders = {OURS: _runner(programs, calls, params)}
     steps = figures.steps(request).get(stage)
-    if stage == 'prior' and steps > 1:
+    if stage == 'prior' and steps is not None and steps > 1:
       short = [_with_steps(call, steps // 2) for call in calls]
       contenders[_SHORT] = _runner(compile_calls(short, params)[0], short, params)
     if twin is not None:
@@ -318,6 +321,16 @@ def _result(made: Any) -> np.ndarray:
 
 def _placed(params: Params, mesh: Mesh | None) -> Params:
   return params if mesh is None else jax.device_put(params, replicated(mesh))
+
+
+def _against(peer: Mapping[str, Any] | None) -> str:
+  """The peer's seconds, and their ratio to ours."""
+  contenders = {} if peer is None else peer['contenders']
+  return ''.join(
+    f'; {name} {each["seconds"]["median"]:.4g} s, ratio {each["ratio"]["median"]:.2f} '
+    f'[{each["ratio"]["least"]:.2f}, {each["ratio"]["most"]:.2f}]'
+    for name, each in contenders.items()
+  )
 
 
 def _on(batch: int, devices: int) -> str:

@@ -11,7 +11,7 @@ from unclip_jax.types import UnclipError
 
 
 class Outputs(NamedTuple):
-  """Files that are written in the end; None for none."""
+  """Files that are written, the JSON also after each stage; None for none."""
 
   json: Path | None
   plot: Path | None
@@ -44,10 +44,15 @@ def run(
   Raises:
     UnclipError: as `bench.check`.
   """
-  results = bench.measure(subject, options, peer, lambda line: print(line, file=sys.stderr))
+
+  def save(results: dict[str, Any]) -> None:
+    if outputs.json is not None:
+      report.write_json(outputs.json, results)
+
+  tell = lambda line: print(line, file=sys.stderr)  # noqa: E731
+  results = bench.measure(subject, options, peer, tell, save)
   print(report.to_text(results))
-  if outputs.json is not None:
-    report.write_json(outputs.json, results)
+  save(results)
   if outputs.plot is not None:
     report.plot(outputs.plot, results)
   return results
