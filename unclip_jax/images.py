@@ -13,8 +13,9 @@ from typing import Self
 
 import numpy as np
 from etils import epath
-from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
+from unclip_jax.data.pictures import open_rgb
 from unclip_jax.types import UnclipError
 from unclip_jax.weights.safetensors import reach, write_atomically
 
@@ -70,20 +71,8 @@ def read_picture(path: os.PathLike[str] | str) -> np.ndarray:
   try:
     with warnings.catch_warnings():
       warnings.simplefilter('error', Image.DecompressionBombWarning)
-      with path.open('rb') as file, Image.open(file) as picture:
-        picture = ImageOps.exif_transpose(picture)
-        if picture.mode.startswith(('I', 'F')):  # 16 bits or more a pixel
-          levels = np.asarray(picture, np.float64)
-          levels = np.nan_to_num(levels)
-          largest = 65535 if levels.max() > 255 else 255
-          if picture.mode == 'F' and levels.max() <= 1:
-            largest = 1
-          picture = Image.fromarray(np.uint8(np.clip(levels / largest, 0, 1) * 255 + 0.5))
-        if picture.has_transparency_data:
-          picture = picture.convert('RGBA')
-          white = Image.new('RGBA', picture.size, 'white')
-          picture = Image.alpha_composite(white, picture)
-        return np.asarray(picture.convert('RGB'))
+      with path.open('rb') as file:
+        return np.asarray(open_rgb(file))
   except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
     raise UnclipError(
       f'{path} has more pixels than Pillow takes for safe: make it smaller'

@@ -1,4 +1,7 @@
-"""What enters training: captions as tokens, words, stored data sets, degraded conditions.
+"""What enters training: captioned pictures from where they lie, captions as tokens, words.
+
+Sources (`sources`, `shards`, `folder_source`) give examples, `pictures` and `degradations` turn
+these into arrays, `pipeline` into batches; `embeddings` are those of a CLIP, computed once.
 
 Modules are imported when they are first used: what reads data sets takes seconds.
 """
@@ -6,7 +9,18 @@ Modules are imported when they are first used: what reads data sets takes second
 import importlib
 from types import ModuleType
 
-__all__ = ['degradations', 'sources', 'tokenizer', 'vocabulary']
+__all__ = [
+  'degradations',
+  'embeddings',
+  'examples',
+  'folder_source',
+  'pictures',
+  'pipeline',
+  'shards',
+  'sources',
+  'tokenizer',
+  'vocabulary',
+]
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -202,6 +202,10 @@ class Tokenizer:
       xlm_vocabulary.restore_scores(bpe, text)
     return cls(bpe)
 
+  def __reduce__(self) -> tuple[object, ...]:
+    """Worker processes are given the file's text: the library's own pickles lack some of it."""
+    return _from_text, (self._bpe.to_str(pretty=False),)
+
   def save(self, path: str | os.PathLike[str]) -> None:
     """Writes the tokenizer as one JSON file; the file appears only once it is complete."""
     path = epath.Path(path)
@@ -295,6 +299,14 @@ class Tokenizer:
       return None
     start = overflow[0].offsets[overflow[0].special_tokens_mask.index(0)][0]
     return text[start:].strip()
+
+
+def _from_text(text: str) -> Tokenizer:
+  """What `save` has written."""
+  bpe = tokenizers.Tokenizer.from_str(text)
+  if xlm_vocabulary.is_xlm_roberta(bpe):
+    xlm_vocabulary.restore_scores(bpe, text)
+  return Tokenizer(bpe)
 
 
 def _special_ids(bpe: tokenizers.Tokenizer) -> list[int]:

@@ -1,0 +1,41 @@
+"""The options that name a source of captioned pictures, shared by the scripts that read one."""
+
+import argparse
+
+from unclip_jax.data.examples import Source
+from unclip_jax.data.folder_source import PictureFolder
+from unclip_jax.data.shards import TarShards
+from unclip_jax.data.sources import TfdsExamples
+
+
+def add_source_options(parser: argparse.ArgumentParser) -> None:
+  what = parser.add_mutually_exclusive_group(required=True)
+  what.add_argument(
+    '--shards',
+    nargs='+',
+    metavar='PATTERN',
+    help="tar files of img2dataset or WebDataset: a folder, 'data/{00000..00099}.tar', gs://...",
+  )
+  what.add_argument('--folder', help='pictures beside their .txt, or with metadata.jsonl or .csv')
+  what.add_argument('--tfds', metavar='FOLDER', help='a data set of TFDS, stored as ArrayRecord')
+  parser.add_argument('--index-folder', help='of --shards: where the indices are kept')
+  parser.add_argument('--split', default='train', help='of --tfds')
+  parser.add_argument('--image-feature', default='image', help='of --tfds')
+  parser.add_argument('--caption-feature', default='caption', help='of --tfds: captions/text, ...')
+
+
+def open_source(args: argparse.Namespace) -> Source:
+  if args.shards:
+    return TarShards(args.shards, args.index_folder)
+  if args.folder:
+    return PictureFolder(args.folder)
+  return TfdsExamples(args.tfds, args.split, args.image_feature, args.caption_feature)
+
+
+def describe_source(args: argparse.Namespace) -> str:
+  """What tells a source from others, for the files that are made of it."""
+  if args.shards:
+    return f'shards {" ".join(args.shards)}'
+  if args.folder:
+    return f'folder {args.folder}'
+  return f'tfds {args.tfds} {args.split} {args.image_feature} {args.caption_feature}'
