@@ -10,23 +10,95 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.emoji import common
-from experiments.emoji.options import parse_options, save_options
+from experiments.emoji import captions, common
+from experiments.emoji.compose import load_sprites
+from experiments.emoji.options import TrainConfig, parse_options, save_options
 from unclip_jax import sharding
 from unclip_jax.configs import UnclipConfig
+from unclip_jax.evaluate.retrieval import is_first
+from unclip_jax.evaluate.zero_shot import class_embeddings, fill_templates, zero_shot_accuracy
 from unclip_jax.stages import clip
+from unclip_jax.train.gradient_cache import make_cached_grad
 from unclip_jax.train.log import RunLog
+from unclip_jax.train.sam import make_sam_grad
 from unclip_jax.train.state import (
+  GradFn,
   OptimizerConfig,
   check_finite,
   gather,
   init_state,
   make_optimizer,
-  make_train_step,
 )
+from unclip_jax.types import Params
 from unclip_jax.weights.checkpoint import Checkpoints
 
 NUM_RETRIEVAL = 200
+
+
+def make_grad(train: TrainConfig) -> GradFn:
+  """The gradient of CLIP's loss that the options ask for: (params, batch, key) -> ..."""
+
+  def embed(params, batch, key):
+    image = common.to_float(batch['image'])
+    rows = image, batch['ids'], batch['mask']
+    return clip.embed(train.config.clip, params, *rows, train.dtype, train.remat)
+
+  def loss(params, embeddings):
+    return clip.loss_of_embeddings(params, *embeddings, chunk_size=train.loss_chunk)
+
+  # Written out, what else would be a loop takes more memory; a CPU has more, and loops slowly.
+  unroll = jax.default_backend() == 'cpu'
+  if train.sam_rho is not None:
+    return make_sam_grad(embed, loss, train.sam_rho, train.sam_group, unroll)
+  if train.cache_chunk is not None:
+    return make_cached_grad(embed, loss, train.cache_chunk, unroll)
+  return jax.value_and_grad(
+    lambda params, batch, key: loss(params, embed(params, batch, key)), has_aux=True
+  )
+
+
+def make_evaluation(
+  train: TrainConfig, size: int
+) -> Callable[[Params], tuple[dict[str, float], str]]:
+  """A function of parameters that measures them on held-out pairs: metrics, and a line on them.
+
+  A picture is to find its caption among those of all, and its object among the names of all, each
+  told by a few templates.
+  """
+  config = train.config.clip
+  held_out = common.compose(train, size, NUM_RETRIEVAL * 4, ('val_pairs',))
+  _, first_of_each = np.unique(held_out.sprite_index, return_index=True)
+  first_of_each = np.sort(first_of_each)[:NUM_RETRIEVAL]
+  images = held_out.images[first_of_each]
+  things = load_sprites(train.data).label[held_out.sprite_index[first_of_each]]
+  classes, labels = np.unique(things, return_inverse=True)
+  names = [captions.article(name) + name for name in classes]
+  styles = captions.STYLES if train.styles is None else train.styles
+  prompts = fill_templates(['{}', *(f'{{}}, {style} style' for style in styles)], names)
+  of_captions = train.tokenizer.encode([held_out.captions[i] for i in first_of_each])
+  of_prompts = train.tokenizer.encode(prompts)
+
+  @jax.jit
+  def encode_images(params, images):
+    return clip.encode_image(config, params, common.to_float(images))
+
+  @jax.jit
+  def encode_texts(params, ids, mask):
+    return clip.encode_text(config, params, ids, mask).z_t
+
+  def evaluate(params: Params) -> tuple[dict[str, float], str]:
+    z_i = encode_images(params, images)
+    z_t = encode_texts(params, of_captions.ids, of_captions.mask)
+    r_at_1 = float(is_first(z_i, z_t, np.arange(len(images))).mean())
+    z_t = encode_texts(params, of_prompts.ids, of_prompts.mask)
+    found = zero_shot_accuracy([(z_i, labels)], class_embeddings(z_t, len(classes)))
+    line = (
+      f'R@1 among {len(images)} captions of val_pairs is {r_at_1:.3f}; zero-shot among '
+      f'{len(classes)} objects, top 1 {found["top_1"]:.3f}, top 5 {found["top_5"]:.3f}'
+    )
+    return {'val_r_at_1': r_at_1, **{f'val_{name}': value for name, value in found.items()}}, line
+
+  return evaluate
 
 
 def main(
@@ -42,43 +114,26 @@ def main(
     steps=2000,
     batch_size=256,
     ema_decay=0.995,
+    has_contrast=True,
   )
   train = dataclasses.replace(train, config=configure(train.config))
   config = train.config.clip
-  mesh = sharding.make_mesh()
-  tokenizer = train.tokenizer
+  mesh = common.make_mesh(train)
   pool = common.compose(train, config.vision.image_size, train.pool_size, splits)
   arrays = {'image': jnp.asarray(pool.images)}
-  arrays |= common.encode_pool(train, tokenizer, pool.captions, None)
-  held_out = common.compose(train, config.vision.image_size, NUM_RETRIEVAL * 4, ('val_pairs',))
-  _, first_of_each = np.unique(held_out.sprite_index, return_index=True)
-  first_of_each = np.sort(first_of_each)[:NUM_RETRIEVAL]
-  captions = [held_out.captions[i] for i in first_of_each]
-  held_out_images = held_out.images[first_of_each]
-
-  def loss_fn(params, batch, key):
-    image = common.to_float(batch['image'])
-    return clip.loss(config, params, image, batch['ids'], batch['mask'], dtype=train.dtype)
+  arrays |= common.encode_pool(train, train.tokenizer, pool.captions, None)
+  evaluate = make_evaluation(train, config.vision.image_size)
 
   def make_batch(pool, indices, key):
     return sharding.constrain_batch(gather(pool, indices, key), mesh)
 
   optimizer = make_optimizer(train.optimizer, train.steps)
-  train_step = make_train_step(loss_fn, optimizer, train.ema_decay)
+  train_step = common.make_step(train, None, optimizer, make_grad(train))
   updates = common.make_updates(train, train_step, make_batch)
-
-  @jax.jit
-  def retrieval(params, image, ids, mask):
-    """The share of held-out images whose own caption comes first among them all."""
-    z_i = clip.encode_image(config, params, common.to_float(image))
-    z_t = clip.encode_text(config, params, ids, mask).z_t
-    return ((z_i @ z_t.T).argmax(axis=1) == jnp.arange(len(image))).mean()
-
   key_init, key_run = jax.random.split(jax.random.key(train.seed))
   state = init_state(common.start_from(train, clip.init(config, key_init), 'clip'), optimizer)
-  state = jax.device_put(state, sharding.replicated(mesh))
+  state = sharding.place_state(state, mesh, train.fsdp)
   arrays = jax.device_put(arrays, sharding.replicated(mesh))
-  tokens = tokenizer.encode(captions)
   folder = train.run / 'clip'
   save_options(train, folder)
   with Checkpoints(folder / 'checkpoints') as checkpoints:
@@ -94,16 +149,11 @@ def main(
         log.write(step, metrics, num_examples=train.chunk * train.batch_size)
         if step // train.save_every > before // train.save_every:
           checkpoints.save(step, state)
-          r_at_1 = retrieval(state.ema_params, held_out_images, tokens.ids, tokens.mask)
-          log.write(step, {'val_r_at_1': r_at_1})
-          log.message(
-            f'step {step}: R@1 among {len(captions)} captions of val_pairs is {float(r_at_1):.3f}'
-          )
+          values, line = evaluate(state.ema_params)
+          log.write(step, values)
+          log.message(f'step {step}: {line}')
       checkpoints.save(step, state)
-      r_at_1 = retrieval(state.ema_params, held_out_images, tokens.ids, tokens.mask)
-      log.message(
-        f'step {step}: R@1 among {len(captions)} captions of val_pairs is {float(r_at_1):.3f}'
-      )
+      log.message(f'step {step}: {evaluate(state.ema_params)[1]}')
       log.write_curves(['loss'])
   common.export_stage(train, 'clip', state.ema_params, splits)
 

@@ -1,1 +1,1 @@
-"""Measures of generated images, on features that the caller brings."""
+"""Measures of generated images and of CLIP, on features that the caller brings."""
