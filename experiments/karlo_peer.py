@@ -77,7 +77,7 @@ class Karlo:
       raise UnclipError(
         '--peer diffusers: torch sees no GPU, and JAX does: install a torch that is made for it'
       )
-    self._device = torch.device('cuda' if backend == 'gpu' else 'cpu')
+    self.device = torch.device('cuda' if backend == 'gpu' else 'cpu')
     self._try_compile = try_compile
     torch.set_num_threads(num_threads)
     diffusers.utils.logging.set_verbosity_error()
@@ -91,7 +91,7 @@ class Karlo:
     return {
       'name': self.name,
       'versions': {m.__name__: m.__version__ for m in (torch, diffusers, transformers)},
-      'device': str(self._device),
+      'device': str(self.device),
       'threads': torch.get_num_threads(),
       'attention': 'scaled_dot_product_attention',
     }
@@ -124,9 +124,9 @@ class Karlo:
         own[name.partition('/')[2]] = torch.from_numpy(np.array(tensors.pop(name), np.float32))
       module.load_state_dict(own, assign=True)
       modules[component] = (
-        module.eval().requires_grad_(False).to(self._device, getattr(torch, dtype))
+        module.eval().requires_grad_(False).to(self.device, getattr(torch, dtype))
       )
-    return Stage(stage, modules, self._device, getattr(torch, dtype), self._try_compile)
+    return Stage(stage, modules, self.device, getattr(torch, dtype), self._try_compile)
 
 
 class Stage:

@@ -1,9 +1,10 @@
-"""Starts `unclip-jax generate` in processes of their own, for the tests of several of them."""
+"""Starts `unclip-jax generate`, or a test's function, in processes of their own."""
 
 import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,38 @@ def start(args: list[object], env: dict[str, str], before: str = '') -> subproce
     stderr=subprocess.PIPE,
     text=True,
   )
+
+
+def start_function(
+  function: Callable[..., None], *arguments: object, env: Mapping[str, str]
+) -> subprocess.Popen[str]:
+  """Starts a function of a test module, which is given the arguments as words."""
+  code = f"""
+import sys
+sys.path[:0] = {[str(ROOT / 'tests'), str(ROOT)]}
+import conftest, {function.__module__} as module
+module.{function.__name__}(*sys.argv[1:])
+"""
+  return subprocess.Popen(
+    [sys.executable, '-c', code, *map(str, arguments)],
+    env=env,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+def in_a_process(function: Callable[..., None], *arguments: object, num_devices: int = 8) -> None:
+  """Runs a function of a test module where there are so many virtual devices."""
+  env = os.environ | {
+    'JAX_PLATFORMS': 'cpu',
+    # Code that runs for a moment need not be fast.
+    'XLA_FLAGS': f'--xla_force_host_platform_device_count={num_devices} '
+    '--xla_backend_optimization_level=0',
+  }
+  process = start_function(function, *arguments, env=env)
+  _, said = process.communicate()
+  assert process.returncode == 0, said
 
 
 def pictures(out: Path) -> dict[str, np.ndarray]:

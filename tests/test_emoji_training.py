@@ -10,8 +10,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 import pytest
 from PIL import Image
+from processes import in_a_process
 from safetensors.flax import load_file
 
 from experiments.emoji import (
@@ -25,11 +27,12 @@ from experiments.emoji import (
   train_upsampler,
 )
 from experiments.emoji.options import parse_options
+from unclip_jax import sharding
 from unclip_jax.images import make_grid
 from unclip_jax.stages import clip
 from unclip_jax.systems.unclip import load
 from unclip_jax.train.log import RunLog
-from unclip_jax.train.state import OptimizerConfig
+from unclip_jax.train.state import OptimizerConfig, init_state
 from unclip_jax.types import UnclipError
 from unclip_jax.weights.folder import read_manifest
 
@@ -277,6 +280,8 @@ def test_a_run_is_reported_with_samples_that_nobody_picked(whole, tmp_path, caps
     ('--dtype=float8', '--dtype float8'),
     ('--stage=1', 'has 1 upsamplers'),
     ('--styles=oil', 'oil'),
+    ('--accumulate=3', '--accumulate 3: take a number that divides the 4 of --batch-size'),
+    ('--model-devices=2', '1 devices do not divide into groups of 2'),
   ],
 )
 def test_an_option_that_makes_no_sense_is_named(argument, message, tmp_path):
@@ -301,3 +306,33 @@ def test_a_script_says_a_mistake_in_one_line():
 def test_float_pixels_round_trip():
   levels = np.arange(256, dtype=np.uint8)
   np.testing.assert_array_equal(common.to_uint8(common.to_float(jax.numpy.asarray(levels))), levels)
+
+
+def train_an_upsampler_in_parts(run):
+  """Half of the updates of `whole`, over two groups of two devices."""
+  sharding.FSDP_MIN_SIZE = 64  # nothing is large here
+  split = ['--fsdp', '--model-devices=2', '--remat']
+  train_upsampler.main([f'--run={run}', '--steps=2', *TINY, *split])
+
+
+def test_a_run_of_four_devices_is_that_of_one_and_continues_on_one(whole, tmp_path):
+  in_a_process(train_an_upsampler_in_parts, tmp_path, num_devices=4)
+  assert json.loads((tmp_path / 'upsampler_0' / 'options.json').read_text())['fsdp'] is True
+  train_upsampler.main([f'--run={tmp_path}', '--steps=4', *TINY])
+  ours, wanted = losses(tmp_path, 'upsampler_0'), losses(whole, 'upsampler_0')
+  assert sorted(ours) == [1, 2, 3, 4]
+  for step, loss in wanted.items():
+    assert float(ours[step]) == pytest.approx(float(loss), rel=1e-4)
+
+
+def test_a_step_takes_a_batch_in_the_parts_that_the_options_say():
+  train = parse_options([*TINY, '--accumulate=2'], '', OptimizerConfig(), 4, 4)
+
+  def loss_fn(params, batch, key):
+    return params['w'] * batch.mean(), {'rows': len(batch)}
+
+  step = common.make_step(train, loss_fn, optax.sgd(1.0))
+  state = init_state({'w': jax.numpy.float32(1)}, optax.sgd(1.0))
+  state, metrics = step(state, jax.numpy.arange(4.0), jax.random.key(0))
+  assert float(metrics['rows']) == 2 and float(metrics['loss']) == 1.5
+  assert float(state.params['w']) == -0.5

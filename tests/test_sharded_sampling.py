@@ -3,16 +3,12 @@
 Eight virtual CPU devices, hence processes of their own, which call functions of this module.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
+from processes import in_a_process
 from tiny_model import CONFIG, TEXTS, levels_apart, make_params, write_tiny_model
 
 import unclip_jax
@@ -43,25 +39,6 @@ SMALL = override(
 STAGES = ('sample_prior', 'sample_decoder', 'sample_upsampler')
 PROMPTS = [f'{text} {i}' for text in TEXTS for i in range(4)][:11]
 GUIDED = {'prior': Sampling(guidance_scale=2.0), 'num_candidates': 1}
-
-
-def in_a_process(function, *arguments, num_devices=8):
-  tests = Path(__file__).parent
-  script = f"""
-import sys
-sys.path[:0] = {[str(tests), str(tests.parent)]}
-import conftest, {Path(__file__).stem} as module
-module.{function.__name__}(*sys.argv[1:])
-"""
-  env = os.environ | {
-    'JAX_PLATFORMS': 'cpu',
-    # Code that runs for a moment need not be fast.
-    'XLA_FLAGS': f'--xla_force_host_platform_device_count={num_devices} '
-    '--xla_backend_optimization_level=0',
-  }
-  command = [sys.executable, '-c', script, *arguments]
-  done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-  assert done.returncode == 0, done.stderr
 
 
 def bytes_of_a_device(params):

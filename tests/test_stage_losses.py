@@ -149,7 +149,7 @@ def recorded_inputs(monkeypatch, stage, network_name, run):
   seen = []
 
   class Recorder:
-    def __init__(self, config, dtype):
+    def __init__(self, config, dtype, remat):
       self.channels = config.unet.out_channels if network_name == 'DecoderNetwork' else None
 
     def apply(self, variables, x_t, t, *conditioning, method, rngs=None):

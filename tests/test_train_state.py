@@ -8,6 +8,7 @@ import pytest
 
 from unclip_jax.train.state import (
   OptimizerConfig,
+  accumulate_gradients,
   check_finite,
   ema_rate,
   epoch_indices,
@@ -70,6 +71,65 @@ def test_one_update_is_adamw_written_out():
     np.testing.assert_allclose(after.ema_params[name], average, rtol=1e-5)
   assert int(after.step) == 1
   assert set(metrics) == {'loss', 'grad_norm', 'error_max'}
+
+
+@pytest.mark.parametrize('unroll', [False, True])
+def test_parts_of_a_batch_give_the_mean_of_their_gradients(unroll):
+  """Rows i, i + 3, i + 6, ... with a key of their own, which the loss draws noise from."""
+  x, key = POOL['x'][:9], jax.random.key(3)
+  grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+  accumulated = jax.jit(accumulate_gradients(grad_fn, 3, unroll))
+  (loss, metrics), grads = accumulated(make_params(), {'x': x}, key)
+  each = [
+    grad_fn(make_params(), {'x': jnp.asarray(x[i::3])}, jax.random.fold_in(key, i))
+    for i in range(3)
+  ]
+  wanted = jax.tree.map(lambda *parts: np.mean(parts, axis=0, dtype=np.float64), *each)
+  np.testing.assert_allclose(loss, wanted[0][0], rtol=1e-6)
+  np.testing.assert_allclose(metrics['error_max'], wanted[0][1]['error_max'], rtol=1e-6)
+  for name, grad in grads.items():
+    np.testing.assert_allclose(grad, wanted[1][name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_step_in_parts_is_that_of_the_whole_batch_where_the_loss_is_a_mean():
+  def mean_loss(params, batch, key):
+    del key
+    return jnp.mean((jnp.tanh(batch['x'] @ params['w']) + params['b'][None]) ** 2), {}
+
+  optimizer = make_optimizer(CONFIG, 20)
+  state, batch = init_state(make_params(), optimizer), {'x': jnp.asarray(POOL['x'][:10])}
+  steps = [make_train_step(mean_loss, optimizer, 0.9, n) for n in (1, 5)]
+  (whole, metrics), (parts, same) = (jax.jit(s)(state, batch, jax.random.key(0)) for s in steps)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), parts, whole)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), same, metrics)
+
+
+def test_gradients_may_come_from_elsewhere_and_are_accumulated_too():
+  """A step against the sum of the rows: what is made of them is the optimiser's."""
+
+  def grad_fn(params, batch, key):
+    total = batch['x'].sum()
+    return (total, {'rows': jnp.float32(len(batch['x']))}), {'w': jnp.full((2, 2), total)}
+
+  x = jnp.arange(6.0)[:, None]
+  state = init_state({'w': jnp.zeros((2, 2))}, optax.sgd(1.0))
+  step = make_train_step(None, optax.sgd(1.0), 0.9, grad_fn=grad_fn)
+  after, metrics = step(state, {'x': x}, jax.random.key(0))
+  assert float(metrics['loss']) == 15 and float(metrics['rows']) == 6
+  np.testing.assert_array_equal(after.params['w'], np.full((2, 2), -15.0))
+  step = make_train_step(None, optax.sgd(1.0), 0.9, accumulate=3, grad_fn=grad_fn)
+  after, metrics = step(state, {'x': x}, jax.random.key(0))
+  assert float(metrics['loss']) == 5 and float(metrics['rows']) == 2
+  np.testing.assert_allclose(after.params['w'], np.full((2, 2), -5.0), rtol=1e-6)
+
+
+def test_parts_that_do_not_divide_a_batch_are_an_error():
+  step = make_train_step(loss_fn, optax.sgd(0.1), 0.9, accumulate=4)
+  state = init_state(make_params(), optax.sgd(0.1))
+  with pytest.raises(ValueError, match='a batch of 11 does not divide into 4 parts'):
+    step(state, POOL, jax.random.key(0))
+  with pytest.raises(ValueError, match='a batch in 0 parts'):
+    make_train_step(loss_fn, optax.sgd(0.1), 0.9, accumulate=0)
 
 
 def test_overfits_one_batch():

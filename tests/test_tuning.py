@@ -139,6 +139,7 @@ def test_a_fine_tune_takes_config_tokenizer_and_statistics_of_its_model(base, tm
     (['--init=BASE', '--lora=2', '--lora-alpha=nan'], '--lora-alpha nan: take a number above 0'),
     (['--init=BASE', '--lora-alpha=1'], '--lora-alpha: it scales the adapters of --lora'),
     (['--init=BASE', '--lora=2', '--preset=tiny'], '--lora: .* leave --preset out'),
+    (['--init=BASE', '--lora=2', '--accumulate=2'], '--lora: adapters see whole batches'),
     (['--init=BASE', '--lora=2', '--init-lora=x'], 'leave --lora and --lora-alpha out'),
     (['--init=BASE', '--init-lora=nothing'], 'there are no adapters nothing'),
     (['--init=BASE', '--lora=2', '--set=prior.depth=3'], r'it has no prior\.network\..*block_2'),

@@ -8,14 +8,20 @@ device.
 A Transformer's parameters are split as by Megatron-LM (Shoeybi et al. 2019, section 3): queries,
 keys and values by heads and the first layer of an MLP by its columns, what comes after them by
 rows, so that devices add up their results once for each of the two.
+
+A training state can also be split over `data`, as by ZeRO-3 (Rajbhandari et al. 2020): each device
+keeps its part of the parameters, of their average and of the optimiser's moments, and is given
+those of the others where a layer needs them.
 """
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import topologies
 from jax.sharding import (
   AxisType,
@@ -30,6 +36,8 @@ from unclip_jax.types import Array, UnclipError
 
 DATA_AXIS = 'data'
 MODEL_AXIS = 'model'
+# Numbers of an array that is split over `data`: of smaller ones a message costs more than a copy.
+FSDP_MIN_SIZE = 2**14
 
 # Ends of the paths of kernels, how many axes they have, and which of these is split first of all.
 _AXES = (
@@ -46,18 +54,21 @@ _AXES = (
 _WHOLE = re.compile(r'(.*/)?(bias|scale|mean|std|positions|padding)')
 
 
-def make_mesh(num_devices: int | None = None, model_devices: int = 1) -> Mesh:
+def make_mesh(
+  num_devices: int | None = None, model_devices: int = 1, all_processes: bool = False
+) -> Mesh:
   """Returns a mesh over the first `num_devices` devices of this process, or over all.
 
   Args:
     num_devices: of the whole mesh.
     model_devices: how many of them share one copy of the parameters; a batch is split over
       num_devices / model_devices.
+    all_processes: whether it is of the devices of all processes, which run one program together.
 
   Raises:
     UnclipError: there are fewer devices, or they do not divide into groups of `model_devices`.
   """
-  devices = jax.local_devices()
+  devices = jax.devices() if all_processes else jax.local_devices()
   num_devices = len(devices) if num_devices is None else num_devices
   if not 1 <= num_devices <= len(devices):
     raise UnclipError(
@@ -87,28 +98,82 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
-def param_spec(path: str, shape: tuple[int, ...], model_devices: int) -> PartitionSpec:
-  """Which axis of a parameter is split over the devices that share a copy.
+def param_spec(
+  path: str, shape: tuple[int, ...], model_devices: int, data_devices: int = 1
+) -> PartitionSpec:
+  """Which axes of a parameter are split, over `model` and over `data`.
 
-  That of the rules, else the largest that divides, the last of equal ones. Biases, norms, positions
-  and what has no axis that divides are whole on each device.
+  Over `model` that of the rules, else the largest that divides, the last of equal ones. Biases,
+  norms, positions and what has no axis that divides are whole on each device. Over `data`, of an
+  array of `FSDP_MIN_SIZE` numbers or more, the largest of the others that divides, else a part of
+  a part.
 
   Args:
     path: its keys, joined by slashes.
     shape: its shape.
-    model_devices: how many parts.
+    model_devices: how many parts over `model`.
+    data_devices: how many parts over `data`.
   """
-  if model_devices == 1 or len(shape) < 2 or _WHOLE.fullmatch(path):
-    return PartitionSpec()
-  axes = sorted(range(len(shape)), key=lambda axis: (-shape[axis], -axis))
-  for end, ndim, first in _AXES:
-    if ndim == len(shape) and re.search(f'{end}$', path):
-      axes.insert(0, first)
-      break
-  for axis in axes:
-    if shape[axis] % model_devices == 0:
-      return PartitionSpec(*[None] * axis, MODEL_AXIS)
-  return PartitionSpec()
+  spec: list[Any] = [None] * len(shape)
+  by_size = sorted(range(len(shape)), key=lambda axis: (-shape[axis], -axis))
+  if model_devices > 1 and len(shape) > 1 and not _WHOLE.fullmatch(path):
+    axes = list(by_size)
+    for end, ndim, first in _AXES:
+      if ndim == len(shape) and re.search(f'{end}$', path):
+        axes.insert(0, first)
+        break
+    for axis in axes:
+      if shape[axis] % model_devices == 0:
+        spec[axis] = MODEL_AXIS
+        break
+  if data_devices > 1 and math.prod(shape) >= FSDP_MIN_SIZE:
+    for axis in sorted(by_size, key=lambda axis: spec[axis] is not None):
+      if spec[axis] is None and shape[axis] % data_devices == 0:
+        spec[axis] = DATA_AXIS
+        break
+      if spec[axis] is not None and shape[axis] % (model_devices * data_devices) == 0:
+        spec[axis] = (MODEL_AXIS, DATA_AXIS)
+        break
+  while spec and spec[-1] is None:
+    spec.pop()
+  return PartitionSpec(*spec)
+
+
+def state_shardings(state: Any, mesh: Mesh, fsdp: bool = False) -> Any:
+  """Where each array of a training state goes, in its structure.
+
+  The average and the moments of a parameter lie where it does, as their paths end alike.
+
+  Args:
+    state: any pytree with parameters in it, which may be described by shapes.
+    mesh: over a `model` axis of 1 each device has all parameters, unless
+    fsdp: they are split over `data` as well.
+  """
+  data_devices = mesh.shape[DATA_AXIS] if fsdp else 1
+
+  def place(path: Any, leaf: Any) -> NamedSharding:
+    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    spec = param_spec(name, leaf.shape, mesh.shape[MODEL_AXIS], data_devices)
+    return NamedSharding(mesh, spec)
+
+  return jax.tree_util.tree_map_with_path(place, state)
+
+
+def place_state(state: Any, mesh: Mesh, fsdp: bool = False) -> Any:
+  """Puts a state where `state_shardings` says; of several processes, each has all of it."""
+  shardings = state_shardings(state, mesh, fsdp)
+  if not mesh.is_multi_process:
+    return jax.device_put(state, shardings)
+
+  def place(leaf: Array, sharding: NamedSharding) -> Array:
+    return jax.make_array_from_callback(leaf.shape, sharding, np.asarray(leaf).__getitem__)
+
+  return jax.tree.map(place, state, shardings)
+
+
+def constrain_state(state: Any, mesh: Mesh, fsdp: bool = False) -> Any:
+  """Inside of a jitted function: keeps a state where `state_shardings` says."""
+  return jax.lax.with_sharding_constraint(state, state_shardings(state, mesh, fsdp))
 
 
 def param_shardings(params: Any, mesh: Mesh) -> Any:
@@ -116,17 +181,47 @@ def param_shardings(params: Any, mesh: Mesh) -> Any:
 
   Over a `model` axis of 1 each device has all of them.
   """
-
-  def place(path: Any, leaf: Any) -> NamedSharding:
-    name = jax.tree_util.keystr(path, simple=True, separator='/')
-    return NamedSharding(mesh, param_spec(name, leaf.shape, mesh.shape[MODEL_AXIS]))
-
-  return jax.tree_util.tree_map_with_path(place, params)
+  return state_shardings(params, mesh)
 
 
 def shard_params(params: Any, mesh: Mesh) -> Any:
   """Splits parameters over the `model` axis of a mesh; what lies there already is not copied."""
   return jax.device_put(params, param_shardings(params, mesh))
+
+
+def process_rows(batch_size: int, mesh: Mesh) -> np.ndarray:
+  """Which rows of a batch this process reads: those of its devices, int [n], ascending.
+
+  The batch is the same whatever the number of processes.
+
+  Raises:
+    UnclipError: the batch cannot be split over the devices.
+  """
+  _check_divides(batch_size, mesh)
+  parts = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+  return np.unique(np.concatenate([np.arange(batch_size)[index] for index in parts]))
+
+
+def place_rows(rows: Any, batch_size: int, mesh: Mesh) -> Any:
+  """Makes one batch [batch_size, ...] of what each process has read.
+
+  Args:
+    rows: a pytree of numpy arrays [n, ...], the rows `process_rows` of the batch.
+    batch_size: of all processes together.
+    mesh: of `make_mesh`, of all processes.
+
+  Raises:
+    UnclipError: the batch cannot be split over the devices.
+  """
+  read, sharding = process_rows(batch_size, mesh), batch_sharding(mesh)
+
+  def place(leaf: np.ndarray) -> Array:
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+      return leaf[np.searchsorted(read, np.arange(batch_size)[index[0]])]
+
+    return jax.make_array_from_callback((batch_size, *leaf.shape[1:]), sharding, part)
+
+  return jax.tree.map(place, rows)
 
 
 def place_batch(batch: Any, mesh: Mesh) -> Any:
@@ -135,13 +230,7 @@ def place_batch(batch: Any, mesh: Mesh) -> Any:
   Raises:
     UnclipError: b is not a multiple of the number of devices, or groups.
   """
-  size, num_parts = _batch_size(batch), mesh.shape[DATA_AXIS]
-  if size % num_parts:
-    what = 'devices' if mesh.shape[MODEL_AXIS] == 1 else 'groups of devices'
-    raise UnclipError(
-      f'a batch of {size} cannot be split over {num_parts} {what}: use a multiple of {num_parts}, '
-      f'or fewer {what}'
-    )
+  _check_divides(_batch_size(batch), mesh)
   return jax.device_put(batch, batch_sharding(mesh))
 
 
@@ -218,6 +307,16 @@ def described_device(topology: str) -> Sharding:
       'topology such as v5e:2x2'
     ) from error
   return SingleDeviceSharding(described.devices[0])
+
+
+def _check_divides(size: int, mesh: Mesh) -> None:
+  num_parts = mesh.shape[DATA_AXIS]
+  if size % num_parts:
+    what = 'devices' if mesh.shape[MODEL_AXIS] == 1 else 'groups of devices'
+    raise UnclipError(
+      f'a batch of {size} cannot be split over {num_parts} {what}: use a multiple of {num_parts}, '
+      f'or fewer {what}'
+    )
 
 
 def _batch_size(batch: Any) -> int:

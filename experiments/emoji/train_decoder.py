@@ -42,14 +42,15 @@ def main(argv: list[str] | None = None) -> None:
     batch_size=64,
     ema_decay=0.9995,
     has_lora=True,
+    drops_text='decoder',
   )
   common.begin(train, 'decoder')
   config = train.config.decoder
-  mesh = sharding.make_mesh()
+  mesh = common.make_mesh(train)
   tokenizer = train.tokenizer
   key_init, key_draft, key_run = jax.random.split(jax.random.key(train.seed), 3)
   params = common.start_from(train, decoder.init(config, key_init), 'decoder')
-  params = jax.device_put(params, sharding.replicated(mesh))
+  params = sharding.place_state(params, mesh, train.fsdp)
   tuning = begin_tuning(train, 'decoder', params, key_init)
 
   def encode(num_examples, splits):
@@ -73,7 +74,9 @@ def main(argv: list[str] | None = None) -> None:
 
   def loss_fn(params, batch, key):
     image, text = common.to_float(batch['image']), common.text_features(batch)
-    return decoder.loss(config, params, image, batch['z_i'], text, null_text, key, train.dtype)
+    return decoder.loss(
+      config, params, image, batch['z_i'], text, null_text, key, train.dtype, train.remat
+    )
 
   def draft_loss_fn(params, batch, key):
     image, text = common.to_float(batch['image']), common.text_features(batch)
@@ -93,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     optimizer = make_optimizer(DRAFT_OPTIMIZER, train.draft_steps)
     updates = common.make_updates(ours, make_train_step(draft_loss_fn, optimizer, 0.0), make_batch)
-    state = jax.device_put(init_state(params, optimizer), sharding.replicated(mesh))
+    state = sharding.place_state(init_state(params, optimizer), mesh, train.fsdp)
     folder = train.run / 'draft'
     save_options(ours, folder)
     with RunLog(folder, train.draft_steps) as log:
@@ -105,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
     return state.params
 
   optimizer = make_optimizer(train.optimizer, train.steps)
-  train_step = make_train_step(tuning.loss_of_trained(loss_fn), optimizer, train.ema_decay)
+  train_step = common.make_step(train, tuning.loss_of_trained(loss_fn), optimizer)
   updates = common.make_updates(train, train_step, make_batch, tuning.frozen)
 
   @jax.jit
@@ -128,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
     time_is_up = common.deadline(train.minutes)
     learns_draft = config.draft_size and train.draft_steps and is_new and not train.trains_adapters
     trained = learn_draft(tuning.trained, key_draft) if learns_draft else tuning.trained
-    state = jax.device_put(init_state(trained, optimizer), sharding.replicated(mesh))
+    state = sharding.place_state(init_state(trained, optimizer), mesh, train.fsdp)
     if not is_new:
       state = checkpoints.restore(state)
     elif learns_draft:

@@ -1,12 +1,14 @@
-"""Trains the diffusion prior on captioned emoji; needs the run's CLIP.
+"""Trains the diffusion prior on captioned emoji, or on stored embeddings; needs the run's CLIP.
 
 python -m experiments.emoji.train_prior --run runs/emoji_small
+python -m experiments.emoji.train_prior --run runs/mine --embeddings z   # of embed_dataset
 """
 
 import jax
 
 from experiments.emoji import common
 from experiments.emoji.options import parse_options, save_options
+from experiments.emoji.stored import read_embeddings
 from experiments.emoji.tuning import begin_tuning, export_tuned
 from unclip_jax import sharding
 from unclip_jax.nn.layers import l2_normalize
@@ -19,7 +21,6 @@ from unclip_jax.train.state import (
   gather,
   init_state,
   make_optimizer,
-  make_train_step,
 )
 from unclip_jax.weights.checkpoint import Checkpoints
 
@@ -35,27 +36,32 @@ def main(argv: list[str] | None = None) -> None:
     steps=6000,
     batch_size=256,
     has_lora=True,
+    drops_text='prior',
+    has_embeddings=True,
   )
   common.begin(train, 'prior')
   config = train.config.prior
-  mesh = sharding.make_mesh()
+  mesh = common.make_mesh(train)
   tokenizer = train.tokenizer
   key_init, key_run = jax.random.split(jax.random.key(train.seed))
   params = common.start_from(train, diffusion_prior.init(config, key_init), 'prior', 'network')
-  params = jax.device_put(params, sharding.replicated(mesh))
+  params = sharding.place_state(params, mesh, train.fsdp)
   tuning = begin_tuning(train, 'prior', params, key_init)
-  size = train.config.clip.vision.image_size
-  pool = common.compose(train, size, train.pool_size)
-  arrays = common.encode_pool(train, tokenizer, pool.captions, pool.images)
+  if train.embeddings is not None:
+    arrays, held_out = read_embeddings(train, NUM_HELD_OUT)
+  else:
+    size = train.config.clip.vision.image_size
+    pool = common.compose(train, size, train.pool_size)
+    arrays = common.encode_pool(train, tokenizer, pool.captions, pool.images)
+    held_out = common.compose(train, size, NUM_HELD_OUT, ('val_pairs',))
+    held_out = common.encode_pool(train, tokenizer, held_out.captions, held_out.images)
   null_text = common.null_text(train, tokenizer)
   statistics = common.prior_statistics(train, arrays['z_i'])
-  held_out = common.compose(train, size, NUM_HELD_OUT, ('val_pairs',))
-  held_out = common.encode_pool(train, tokenizer, held_out.captions, held_out.images)
 
   def loss_fn(params, batch, key):
     text = common.text_features(batch)
     return diffusion_prior.loss(
-      config, params, statistics, batch['z_i'], text, null_text, key, train.dtype
+      config, params, statistics, batch['z_i'], text, null_text, key, train.dtype, train.remat
     )
 
   def make_batch(pool, indices, key):
@@ -73,9 +79,9 @@ def main(argv: list[str] | None = None) -> None:
     return (l2_normalize(z_i) * l2_normalize(rows['z_i'])).sum(axis=-1).mean()
 
   optimizer = make_optimizer(train.optimizer, train.steps)
-  train_step = make_train_step(tuning.loss_of_trained(loss_fn), optimizer, train.ema_decay)
+  train_step = common.make_step(train, tuning.loss_of_trained(loss_fn), optimizer)
   updates = common.make_updates(train, train_step, make_batch, tuning.frozen)
-  state = jax.device_put(init_state(tuning.trained, optimizer), sharding.replicated(mesh))
+  state = sharding.place_state(init_state(tuning.trained, optimizer), mesh, train.fsdp)
   arrays = jax.device_put(arrays, sharding.replicated(mesh))
   folder = train.run / 'prior'
   save_options(train, folder)

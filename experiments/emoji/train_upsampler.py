@@ -22,7 +22,6 @@ from unclip_jax.train.state import (
   check_finite,
   init_state,
   make_optimizer,
-  make_train_step,
 )
 from unclip_jax.types import UnclipError
 from unclip_jax.weights.checkpoint import Checkpoints
@@ -41,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
   )
   common.begin(train, f'upsampler_{train.stage}')
   config = train.config.upsamplers[train.stage]
-  mesh = sharding.make_mesh()
+  mesh = common.make_mesh(train)
   scale = config.image_size // config.low_size
   crop = round(config.image_size * config.crop_fraction)
   low_crop = crop // scale
@@ -77,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
       key_level, key_noise, key = jax.random.split(key, 3)
       level = config.low_noise * jax.random.uniform(key_level, (len(low), 1, 1, 1))
       low = low + level * jax.random.normal(key_noise, low.shape)
-    return upsampler.loss(config, params, image, low, key, train.dtype)
+    return upsampler.loss(config, params, image, low, key, train.dtype, train.remat)
 
   def make_batch(pool, indices, key):
     """A random crop of each picture, the same of the large one and of the small one."""
@@ -93,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
     return sharding.constrain_batch(jax.vmap(cut)(indices, corners), mesh)
 
   optimizer = make_optimizer(train.optimizer, train.steps)
-  train_step = make_train_step(loss_fn, optimizer, train.ema_decay)
+  train_step = common.make_step(train, loss_fn, optimizer)
   updates = common.make_updates(train, train_step, make_batch)
 
   @jax.jit
@@ -110,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
     common.start_from(train, upsampler.init(config, key_init), f'upsampler_{train.stage}'),
     optimizer,
   )
-  state = jax.device_put(state, sharding.replicated(mesh))
+  state = sharding.place_state(state, mesh, train.fsdp)
   arrays = jax.device_put(arrays, sharding.replicated(mesh))
   name = f'upsampler_{train.stage}'
   folder = train.run / name

@@ -134,10 +134,10 @@ def _head(about: Mapping[str, Any], peaks: Mapping[str, Any]) -> str:
       f'BUSY      the load was {about["load"]:.1f} before: figures are those of a busy machine, '
       "the peer's most"
     )
-  return '\n'.join(part for line in lines for part in _wrapped(line))
+  return '\n'.join(part for line in lines for part in wrapped(line))
 
 
-def _wrapped(line: str) -> list[str]:
+def wrapped(line: str) -> list[str]:
   """Lines of the width, those that go on below the first word's column."""
   words, found = line.split(' '), ['']
   for word in words:
@@ -162,7 +162,7 @@ def _end_to_end(entries: Sequence[Mapping[str, Any]]) -> str:
   is_sum = any(e.get('sum_of_stages') for e in entries)
   title = 'end to end' + (', as the sum of the stages' if is_sum else ', from caption to picture')
   names = ['batch', 'devices', 'first image s', 's', 'least', 'most', 'images/s', 'peak GiB']
-  return _table(title, names, rows)
+  return table(title, names, rows)
 
 
 def _times(entries: Sequence[Mapping[str, Any]]) -> str:
@@ -177,7 +177,7 @@ def _times(entries: Sequence[Mapping[str, Any]]) -> str:
     for e in entries
   ]
   names = ['stage', 'batch', 'devices', 'steps', 'compile s', 's', 'least', 'most', 'images/s']
-  return _table('stages', names, rows)
+  return table('stages', names, rows)
 
 
 def _work(entries: Sequence[Mapping[str, Any]]) -> str:
@@ -197,7 +197,7 @@ def _work(entries: Sequence[Mapping[str, Any]]) -> str:
       ]
     )
   names = ['stage', 'batch', 'devices', 'GFLOP', '/ by hand', 'of peak', 'GB', 'of copy']
-  return _table('what they do', [*names, 'program GiB', 'peak GiB'], rows)
+  return table('what they do', [*names, 'program GiB', 'peak GiB'], rows)
 
 
 def _peer(results: Mapping[str, Any]) -> str:
@@ -226,8 +226,8 @@ def _peer(results: Mapping[str, Any]) -> str:
   names = ['stage', 'batch', 'peer', 'its s', 'our s', 'ratio', 'least', 'most', 'max error', 'rms']
   return '\n'.join(
     [
-      _table('against the peer (ratio: its seconds over ours)', names, rows),
-      *(line for note in notes for line in _wrapped(note)),
+      table('against the peer (ratio: its seconds over ours)', names, rows),
+      *(line for note in notes for line in wrapped(note)),
     ]
   )
 
@@ -259,7 +259,7 @@ def _of(entry: Mapping[str, Any], name: str, form: str, unit: float = 1) -> str:
   return '' if value is None else f'{value / unit:{form}}'
 
 
-def _table(title: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(title: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
   """Columns under their names, the first to the left, the others to the right."""
   widths = [max(map(len, column)) for column in zip(names, *rows, strict=True)]
 

@@ -37,6 +37,7 @@ class TextTower(nn.Module):
 
   config: TextConfig
   dtype: Any = jnp.float32
+  remat: bool = False  # of the Transformer
 
   @nn.compact
   def __call__(self, ids_bt: Array) -> Array:
@@ -61,6 +62,7 @@ class TextTower(nn.Module):
       mlp_width=config.mlp_width,
       mlp_activation=config.mlp_activation,
       dtype=self.dtype,
+      remat=self.remat,
       name='blocks',
     )(x, causal_mask(t, t))
     return LayerNorm(dtype=self.dtype, name='norm')(x)
@@ -71,12 +73,13 @@ class ClipNetwork(nn.Module):
 
   config: ClipConfig
   dtype: Any = jnp.float32
+  remat: bool = False  # of the Transformers and of the ResNet
 
   def setup(self):
     config = self.config
     vision = config.vision
     if config.text is not None:
-      self.text = TextTower(config.text, self.dtype)
+      self.text = TextTower(config.text, self.dtype, self.remat)
       self.text_projection = nn.Dense(config.embed_dim, use_bias=False, dtype=self.dtype)
     if isinstance(vision, ViTConfig):
       self.vision = VisionTransformer(
@@ -87,6 +90,7 @@ class ClipNetwork(nn.Module):
         mlp_width=vision.mlp_width,
         mlp_activation=vision.mlp_activation,
         dtype=self.dtype,
+        remat=self.remat,
       )
     elif isinstance(vision, ResNetConfig):
       self.vision = ClipResNet(
@@ -95,6 +99,7 @@ class ClipNetwork(nn.Module):
         num_heads=vision.num_heads,
         out_width=config.embed_dim,
         dtype=self.dtype,
+        remat=self.remat,
       )
     elif vision is not None:
       self.vision = ConvTower(vision.widths, vision.depth, dtype=self.dtype)

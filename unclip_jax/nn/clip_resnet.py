@@ -110,6 +110,7 @@ class ClipResNet(nn.Module):
   num_heads: int
   out_width: int
   dtype: Any = jnp.float32
+  remat: bool = False  # of the bottlenecks
 
   @nn.compact
   def __call__(self, image_bhwc: Array) -> Array:
@@ -127,9 +128,10 @@ class ClipResNet(nn.Module):
       )(x)
       x = nn.relu(FrozenBatchNorm(dtype=self.dtype, name=f'stem_norm_{i}')(x))
     x = downsample_mean(x)
+    make_block = nn.remat(Bottleneck) if self.remat else Bottleneck
     for level, depth in enumerate(self.depths):
       for i in range(depth):
         name = f'level_{level}_block_{i}'
         halve = level > 0 and i == 0
-        x = Bottleneck(self.width * 2**level, halve, dtype=self.dtype, name=name)(x)
+        x = make_block(self.width * 2**level, halve, dtype=self.dtype, name=name)(x)
     return AttentionPool(self.num_heads, self.out_width, dtype=self.dtype, name='pool')(x)

@@ -43,6 +43,7 @@ class TextEncoder(nn.Module):
 
   config: TextConfig
   dtype: Any = jnp.float32
+  remat: bool = False  # of the Transformer
 
   @nn.compact
   def __call__(self, ids_bt: Array, mask_bt: Array) -> Array:
@@ -64,6 +65,7 @@ class TextEncoder(nn.Module):
       mlp_width=config.mlp_width,
       mlp_activation=config.mlp_activation,
       dtype=self.dtype,
+      remat=self.remat,
       name='blocks',
     )(x)
     return LayerNorm(dtype=self.dtype, name='norm')(x)
@@ -95,6 +97,7 @@ class DecoderNetwork(nn.Module):
 
   config: DecoderConfig
   dtype: Any = jnp.float32
+  remat: bool = False  # of the Transformer and of the U-Net
 
   def setup(self):
     config = self.config
@@ -105,7 +108,7 @@ class DecoderNetwork(nn.Module):
     self.z_i_to_tokens = nn.DenseGeneral((config.num_image_tokens, context_dim), dtype=self.dtype)
     self.text_to_emb = dense(emb_dim)
     if config.text is not None:
-      self.text_encoder = TextEncoder(config.text, self.dtype)
+      self.text_encoder = TextEncoder(config.text, self.dtype, self.remat)
       # The layers of the U-Net project the context to keys and values; widths need only meet here.
       self.text_to_context = dense(context_dim) if config.text.width != context_dim else None
     else:
@@ -114,7 +117,7 @@ class DecoderNetwork(nn.Module):
     if config.draft_size:
       shape = (config.draft_size, config.draft_size, config.unet.in_channels)
       self.draft = Draft(config.draft_width, shape, self.dtype)
-    self.unet = UNet(config.unet, self.dtype)
+    self.unet = UNet(config.unet, self.dtype, self.remat)
 
   def encode_conditioning(self, text: TextFeatures, z_i: Array, has_z_i: Array) -> Conditioning:
     """Everything about a prompt that no denoising step changes.

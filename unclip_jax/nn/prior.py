@@ -37,6 +37,7 @@ class PriorNetwork(nn.Module):
 
   config: PriorConfig
   dtype: Any = jnp.float32
+  remat: bool = False  # of the Transformer
 
   def setup(self):
     config = self.config
@@ -48,7 +49,11 @@ class PriorNetwork(nn.Module):
     self.positions = self.param('positions', init, (length, config.width))
     self.query = self.param('query', init, (config.width,))
     self.blocks = Transformer(
-      width=config.width, depth=config.depth, num_heads=config.num_heads, dtype=self.dtype
+      width=config.width,
+      depth=config.depth,
+      num_heads=config.num_heads,
+      dtype=self.dtype,
+      remat=self.remat,
     )
     self.norm = LayerNorm(dtype=self.dtype)
     self.out_proj = nn.Dense(config.embed_dim, dtype=self.dtype)

@@ -2,12 +2,14 @@
 
 A layer returns the keys and values of the positions it was given, and can be given those of
 positions before them: a prefix is then computed once and reused (paper section 2.2: nothing
-before the prior's timestep token depends on the timestep).
+before the prior's timestep token depends on the timestep). A cache may also have room for positions
+to come, so that all steps of a loop have arrays of one shape.
 """
 
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from unclip_jax.nn.attention import attend
@@ -29,13 +31,20 @@ class TransformerBlock(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Array, mask: Array | None, cache: KeyValues | None = None
+    self,
+    x: Array,
+    mask: Array | None,
+    cache: KeyValues | None = None,
+    index: Array | None = None,
   ) -> tuple[Array, KeyValues]:
-    """Args: x [b, t, width]; mask bool [b or 1, 1, t, s + t]; cache of s earlier positions."""
+    """As `Transformer`, of one block."""
     h = LayerNorm(dtype=self.dtype, name='attention_norm')(x)
     qkv = nn.DenseGeneral((3, self.num_heads, self.head_dim), dtype=self.dtype, name='qkv')(h)
     q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-    if cache is not None:
+    if cache is not None and index is not None:
+      k = jax.lax.dynamic_update_slice_in_dim(cache[0], k, index, axis=1)
+      v = jax.lax.dynamic_update_slice_in_dim(cache[1], v, index, axis=1)
+    elif cache is not None:
       k = jnp.concatenate([cache[0], k], axis=1)
       v = jnp.concatenate([cache[1], v], axis=1)
     h = attend(q, k, v, mask)
@@ -56,10 +65,15 @@ class Transformer(nn.Module):
   mlp_width: int | None = None  # 4 * width
   mlp_activation: str = 'gelu'
   dtype: Any = jnp.float32
+  remat: bool = False  # training keeps what goes into a block, and computes the rest again
 
   @nn.compact
   def __call__(
-    self, x: Array, mask: Array | None = None, caches: tuple[KeyValues, ...] | None = None
+    self,
+    x: Array,
+    mask: Array | None = None,
+    caches: tuple[KeyValues, ...] | None = None,
+    index: Array | None = None,
   ) -> tuple[Array, tuple[KeyValues, ...]]:
     """Runs the blocks.
 
@@ -67,9 +81,11 @@ class Transformer(nn.Module):
       x: [b, t, width].
       mask: bool [b or 1, 1, t, s + t], true where a query may look; None looks everywhere.
       caches: keys and values of s earlier positions, a pair for each block.
+      index: int32 scalar; with it the caches have room for all positions, s of them, x is written
+        into them from `index` on, and the mask, bool [b or 1, 1, t, s], hides those to come.
 
     Returns:
-      [b, t, width], and for each block the keys and values of all s + t positions.
+      [b, t, width], and for each block the keys and values of all s + t positions, or of s.
 
     Raises:
       ValueError: no head_dim is given, and the heads do not divide the width.
@@ -79,9 +95,10 @@ class Transformer(nn.Module):
       head_dim, rest = divmod(self.width, self.num_heads)
       if rest:
         raise ValueError(f'{self.num_heads} heads do not divide a width of {self.width}')
+    make_block = nn.remat(TransformerBlock) if self.remat else TransformerBlock
     keys_values = []
     for i in range(self.depth):
-      block = TransformerBlock(
+      block = make_block(
         width=self.width,
         num_heads=self.num_heads,
         head_dim=head_dim,
@@ -90,6 +107,6 @@ class Transformer(nn.Module):
         dtype=self.dtype,
         name=f'block_{i}',
       )
-      x, kv = block(x, mask, None if caches is None else caches[i])
+      x, kv = block(x, mask, None if caches is None else caches[i], index)
       keys_values.append(kv)
     return x, tuple(keys_values)

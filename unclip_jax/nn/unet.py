@@ -64,6 +64,7 @@ class UNet(nn.Module):
 
   config: UNetConfig
   dtype: Any = jnp.float32
+  remat: bool = False  # training keeps what goes into a block, and computes the rest again
 
   def setup(self):
     config = self.config
@@ -76,8 +77,10 @@ class UNet(nn.Module):
       )
     widths = [config.channels * m for m in config.multipliers]
 
+    make_attention = nn.remat(SpatialAttention) if self.remat else SpatialAttention
+
     def attention(width: int) -> SpatialAttention:
-      return SpatialAttention(
+      return make_attention(
         width, config.head_dim, config.num_groups, config.context_dim is not None, self.dtype
       )
 
@@ -105,7 +108,9 @@ class UNet(nn.Module):
 
   def _res_block(self, channels: int, resample: str = 'none') -> ResBlock:
     config = self.config
-    return ResBlock(
+    # Whether it drops out is no array: the third argument, self counted.
+    make_block = nn.remat(ResBlock, static_argnums=(3,)) if self.remat else ResBlock
+    return make_block(
       channels, config.scale_shift, resample, config.dropout, config.num_groups, self.dtype
     )
 

@@ -20,6 +20,7 @@ class VisionTransformer(nn.Module):
   mlp_width: int | None = None  # 4 * width
   mlp_activation: str = 'gelu'
   dtype: Any = jnp.float32
+  remat: bool = False  # of the Transformer
 
   @nn.compact
   def __call__(self, image_bhwc: Array) -> Array:
@@ -49,6 +50,7 @@ class VisionTransformer(nn.Module):
       mlp_width=self.mlp_width,
       mlp_activation=self.mlp_activation,
       dtype=self.dtype,
+      remat=self.remat,
       name='blocks',
     )(x)
     return LayerNorm(dtype=self.dtype, name='norm_out')(x[:, 0])

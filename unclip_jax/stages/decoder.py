@@ -78,6 +78,7 @@ def loss(
   null_text: TextFeatures,
   key: Array,
   dtype: Any = jnp.float32,
+  remat: bool = False,
 ) -> tuple[Array, dict[str, Array]]:
   """The diffusion loss, hybrid where the variance is learned, plus the draft's if there is one.
 
@@ -93,6 +94,7 @@ def loss(
     null_text: features [1] of the empty caption.
     key: of this step.
     dtype: the network's.
+    remat: whether blocks of the network run again for their gradients, which keeps less in memory.
 
   Returns:
     The loss, and the means of the metrics of `diffusion_loss`; with a draft also 'draft_mse'.
@@ -101,7 +103,7 @@ def loss(
   z_i, has_z_i, text = _corrupt(config, key_drop, z_i, text, null_text)
   diffusion = config.diffusion
   x_t, eps, step = draw_training_step(diffusion, key_step, image_bhwc)
-  output, draft = DecoderNetwork(config, dtype).apply(
+  output, draft = DecoderNetwork(config, dtype, remat).apply(
     {'params': params},
     x_t,
     step.t,

@@ -69,6 +69,7 @@ def loss(
   low_bhwc: Array,
   key: Array,
   dtype: Any = jnp.float32,
+  remat: bool = False,
 ) -> tuple[Array, dict[str, Array]]:
   """The diffusion loss on crops; both networks, where there are two, see the same batch.
 
@@ -79,12 +80,13 @@ def loss(
     low_bhwc: [b, h / 4, w / 4, 3] the same crops, small and degraded.
     key: of this step.
     dtype: the network's.
+    remat: whether blocks of the network run again for their gradients, which keeps less in memory.
   """
   key_step, key_dropout = jax.random.split(key)
   diffusion = config.diffusion
   x_t, eps, step = draw_training_step(diffusion, key_step, image_bhwc)
   low = upscale(low_bhwc, image_bhwc.shape[1])
-  network = UNet(config.unet, dtype)
+  network = UNet(config.unet, dtype, remat)
   total, metrics = 0.0, {}
   for name in params:
     variables = {'params': params[name]}

@@ -19,6 +19,7 @@ from unclip_jax.types import Array, Params, UnclipError
 Batch = Any  # A pytree of arrays, the leading axis of each is the batch.
 Metrics = dict[str, Array]
 LossFn = Callable[[Params, Batch, Array], tuple[Array, Metrics]]
+GradFn = Callable[[Params, Batch, Array], tuple[tuple[Array, Metrics], Params]]
 TrainStep = Callable[['TrainState', Batch, Array], tuple['TrainState', Metrics]]
 
 
@@ -145,8 +146,61 @@ def ema_rate(step: Array, decay: float) -> Array:
   return jnp.minimum(decay, (1.0 + step) / (10.0 + step))
 
 
+def accumulate_gradients(grad_fn: GradFn, num_parts: int, unroll: bool = False) -> GradFn:
+  """Returns the gradients of a batch as the mean of those of its parts, one after the other.
+
+  They are those of the whole batch where the loss is a mean over examples, and the activations of
+  one part are in memory at a time. A contrastive loss is no such mean: it compares all examples of
+  a batch (`train/gradient_cache.py`). Part i has the rows i, i + n, i + 2 n, ... of n parts: where
+  a batch is split over devices, as many of each device's own, so that none of them moves.
+
+  Args:
+    grad_fn: (params, batch, key) -> ((loss, metrics of scalars), gradients).
+    num_parts: n, divides the batch; of a batch on d devices, b / d.
+    unroll: whether the parts are written out in place of a loop: XLA for CPUs runs the gradients of
+      convolutions in loops tens of times slower than outside.
+
+  Returns:
+    A `grad_fn`: loss, metrics and gradients are means, summed in float32. Each part has a key of
+    its own, the given one folded with i, so that what a loss draws is not what it would draw for
+    the whole batch.
+
+  Raises:
+    ValueError: `num_parts` is below 1, or does not divide the batch.
+  """
+  if num_parts < 1:
+    raise ValueError(f'a batch in {num_parts} parts: take 1 or more')
+
+  def split(a: Array) -> Array:
+    if a.shape[0] % num_parts:
+      raise ValueError(f'a batch of {a.shape[0]} does not divide into {num_parts} parts')
+    return jnp.moveaxis(a.reshape(-1, num_parts, *a.shape[1:]), 1, 0)
+
+  def averaged(params: Params, batch: Batch, key: Array) -> tuple[tuple[Array, Metrics], Params]:
+    parts = jax.tree.map(split, batch)
+
+    def add(total: Any, part: tuple[Array, Batch]) -> tuple[Any, None]:
+      i, rows = part
+      one = grad_fn(params, rows, jax.random.fold_in(key, i))
+      return jax.tree.map(lambda t, x: t + x / num_parts, total, one), None
+
+    first = jax.tree.map(lambda a: a[0], parts)
+    zeros = jax.tree.map(
+      lambda x: jnp.zeros(x.shape, jnp.float32), jax.eval_shape(grad_fn, params, first, key)
+    )
+    steps = num_parts if unroll else 1
+    return jax.lax.scan(add, zeros, (jnp.arange(num_parts), parts), unroll=steps)[0]
+
+  return averaged
+
+
 def make_train_step(
-  loss_fn: LossFn, optimizer: optax.GradientTransformation, ema_decay: float
+  loss_fn: LossFn | None,
+  optimizer: optax.GradientTransformation,
+  ema_decay: float,
+  accumulate: int = 1,
+  grad_fn: GradFn | None = None,
+  unroll: bool = False,
 ) -> TrainStep:
   """Returns the function that makes one update.
 
@@ -155,6 +209,11 @@ def make_train_step(
       grad_norm would be overwritten, and is refused.
     optimizer: its state is `TrainState.opt_state`.
     ema_decay: in [0, 1), reached after a warm-up (`ema_rate`).
+    accumulate: parts of a batch whose gradients are averaged, see `accumulate_gradients`: for
+      losses that are means over examples, which the contrastive loss is not.
+    grad_fn: (params, batch, key) -> ((loss, metrics), gradients), in place of the gradient of
+      `loss_fn`, which may then be None: gradients that are cached, or taken at other parameters.
+    unroll: of `accumulate_gradients`.
 
   Returns:
     (state, batch, key) -> (state, metrics). The key is that of the run, the same at each step: it
@@ -162,12 +221,12 @@ def make_train_step(
     grad_norm (before clipping); one of the two is not finite where the update went wrong, and
     `check_finite` raises on it.
   """
+  grad_fn = jax.value_and_grad(loss_fn, has_aux=True) if grad_fn is None else grad_fn
+  if accumulate != 1:
+    grad_fn = accumulate_gradients(grad_fn, accumulate, unroll)
 
   def train_step(state: TrainState, batch: Batch, key: Array) -> tuple[TrainState, Metrics]:
-    key_loss = jax.random.fold_in(key, state.step)
-    (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-      state.params, batch, key_loss
-    )
+    (loss, metrics), grads = grad_fn(state.params, batch, jax.random.fold_in(key, state.step))
     clash = {'loss', 'grad_norm'} & metrics.keys()
     if clash:
       raise ValueError(f'loss_fn returns metrics of reserved names: {sorted(clash)}')

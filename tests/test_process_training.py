@@ -1,0 +1,89 @@
+"""Training by several processes: the losses of one, and each reads its own rows of a batch.
+
+The processes call functions of this module, which must not wake JAX as it is imported.
+"""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from processes import environment, free_address, start_function
+
+from unclip_jax import processes, sharding
+from unclip_jax.sharding import (
+  constrain_state,
+  make_mesh,
+  place_rows,
+  place_state,
+  process_rows,
+)
+from unclip_jax.train.state import (
+  OptimizerConfig,
+  epoch_indices,
+  init_state,
+  make_optimizer,
+  make_train_step,
+)
+from unclip_jax.weights.checkpoint import Checkpoints
+
+NUM_STEPS, BATCH, POOL = 3, 8, 20
+
+
+def train_on_rows(mesh):
+  """Losses and state of a run whose process reads the rows of its devices alone, and these."""
+  pool = {'x': np.random.default_rng(0).normal(size=(POOL, 16)).astype(np.float32)}
+  optimizer = make_optimizer(OptimizerConfig(learning_rate=0.01, eps=1e-3), NUM_STEPS)
+  seen = []
+
+  def loss_fn(params, batch, key):
+    noise = jax.random.normal(key, batch['x'].shape)
+    return jnp.mean(((batch['x'] + noise) @ params['w'] - batch['x']) ** 2), {}
+
+  step = make_train_step(loss_fn, optimizer, 0.9)
+
+  @functools.partial(jax.jit, donate_argnums=0)
+  def update(state, batch):
+    state, metrics = step(state, batch, jax.random.key(0))
+    return constrain_state(state, mesh, fsdp=True), metrics
+
+  start = np.random.default_rng(1).normal(size=(16, 16)).astype(np.float32)
+  state, losses = place_state(init_state({'w': start}, optimizer), mesh, fsdp=True), []
+  for i in range(NUM_STEPS):
+    order = np.asarray(epoch_indices(jax.random.key(7), i, POOL, BATCH))
+    mine = order[process_rows(BATCH, mesh)]
+    seen.append(mine.tolist())
+    state, metrics = update(state, place_rows({'x': pool['x'][mine]}, BATCH, mesh))
+    losses.append(float(metrics['loss']))
+  return losses, state, seen
+
+
+def one_of_two(number, address, folder):
+  sharding.FSDP_MIN_SIZE = 64  # nothing is large here
+  processes.start_processes(address, 2, int(number))
+  losses, state, seen = train_on_rows(make_mesh(all_processes=True))
+  assert not state.params['w'].is_fully_addressable
+  with Checkpoints(folder) as checkpoints:
+    checkpoints.save(NUM_STEPS, state)
+  print(json.dumps([losses, seen]))
+  processes.wait_for_processes()
+
+
+def test_two_processes_train_as_one_and_each_reads_its_own_rows(tmp_path):
+  address, env = free_address(), environment(tmp_path / 'cache', 2)
+  started = [
+    start_function(one_of_two, number, address, tmp_path / 'run', env=env) for number in (0, 1)
+  ]
+  said = [process.communicate() for process in started]
+  assert [process.returncode for process in started] == [0, 0], said
+  (losses, seen), (others_losses, others_seen) = (
+    json.loads(out.splitlines()[-1]) for out, _ in said
+  )
+  wanted_losses, wanted, all_rows = train_on_rows(make_mesh(1))
+  assert losses == others_losses
+  np.testing.assert_allclose(losses, wanted_losses, rtol=1e-5)
+  assert [a + b for a, b in zip(seen, others_seen, strict=True)] == all_rows
+  with Checkpoints(tmp_path / 'run') as checkpoints:
+    opened = checkpoints.restore(wanted)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), opened, wanted)
