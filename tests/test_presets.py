@@ -13,8 +13,8 @@ from unclip_jax.configs import (
   UnclipConfig,
   ViTConfig,
 )
-from unclip_jax.presets import KARLO, PAPER, PRESETS, TINY, preset
-from unclip_jax.stages import clip, decoder, diffusion_prior, upsampler
+from unclip_jax.presets import KARLO, PAPER, PAPER_AR, PRESETS, TINY, preset
+from unclip_jax.stages import ar_prior, clip, decoder, diffusion_prior, upsampler
 from unclip_jax.systems.checks import check_config
 from unclip_jax.types import UnclipError
 
@@ -38,6 +38,18 @@ def within(actual, expected, share=0.02):
 
 def test_prior_of_the_paper_has_1_21_billion_parameters():
   assert within(count(shapes_of(diffusion_prior, PAPER.prior)), 1.21e9)
+
+
+def test_ar_prior_of_the_paper_has_1_21_billion_for_text_and_0_80_for_components():
+  params = shapes_of(ar_prior, PAPER_AR.prior)
+  assert count(params['text_encoder']['blocks']) == transformer_size(2048, 24)
+  assert count(params['blocks']) == transformer_size(1664, 24)
+  assert within(count(params['text_encoder']['blocks']), 1.21e9)
+  assert within(count(params['blocks']), 0.80e9)
+  assert params['out_proj']['kernel'].shape == (1664, 1024)
+  # 256 tokens, z_t, the dot product, and 318 components that the last one is predicted from.
+  assert params['positions'].shape == (256 + 1 + 1 + 318, 1664)
+  assert dataclasses.replace(PAPER_AR, prior=PAPER.prior) == PAPER
 
 
 def test_decoder_of_the_paper_has_2_24_billion_in_its_unet_and_1_21_in_its_text_transformer():
@@ -89,7 +101,11 @@ def test_stages_of_a_preset_fit_each_other(name):
   config = preset(name)
   check_config(config)
   assert config.prior.embed_dim == config.decoder.embed_dim == config.clip.embed_dim
-  assert config.prior.text_width == config.clip.text.width
+  if getattr(config.prior, 'text', None) is None:
+    assert config.prior.text_width == config.clip.text.width
+  else:
+    assert config.prior.text.vocab_size == config.clip.text.vocab_size
+    assert config.prior.text.context_length == config.clip.text.context_length
   assert config.prior.context_length == config.clip.text.context_length
   if config.decoder.text is None:
     assert config.decoder.clip_text_width == config.clip.text.width
@@ -116,6 +132,17 @@ def test_preset_survives_json(name):
 def test_both_kinds_of_image_tower_are_told_apart():
   towers = {name: type(preset(name).clip.vision) for name in PRESETS}
   assert set(towers.values()) == {ViTConfig, ConvTowerConfig}
+
+
+def test_both_kinds_of_prior_are_told_apart_whatever_fields_are_left_out():
+  for name, least in (
+    ('tiny', ('text_drop', 'unit_norm')),
+    ('tiny_ar', ('text_drop', 'sampling', 'unit_norm')),
+  ):
+    values = to_json(preset(name))
+    for field in least:
+      del values['prior'][field]
+    assert type(from_json(UnclipConfig, values).prior) is type(preset(name).prior)
 
 
 def test_unknown_preset_names_those_that_exist():

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from unclip_jax.config_json import override, to_json
-from unclip_jax.configs import UnclipConfig
+from unclip_jax.configs import ArPriorConfig, UnclipConfig
 from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.presets import preset
 from unclip_jax.systems.loading import expected_params
@@ -47,6 +47,19 @@ def make_params(config: UnclipConfig = CONFIG) -> dict[str, Params]:
     return params
   # Embeddings of unit norm.
   d = config.prior.embed_dim
+  if isinstance(config.prior, ArPriorConfig):
+    k, n = config.prior.num_components, config.prior.num_buckets
+    spread = np.linspace(0.5, 0.1, k, dtype='f')
+    params['prior']['quantiser'] = {
+      'mean': draw.normal(0, 0.1, d).astype(np.float32),
+      'components': np.linalg.qr(draw.normal(size=(d, k)))[0].T.astype(np.float32),
+      'low': -spread,
+      'high': 1.5 * spread,
+      'dot_low': np.float32(-0.2),
+      'dot_high': np.float32(0.7),
+      'dot_shares': draw.dirichlet(np.ones(n)).astype(np.float32),
+    }
+    return params
   params['prior']['statistics'] = {
     'mean': draw.normal(0, 0.1, d).astype(np.float32),
     'std': draw.uniform(0.1, 0.3, d).astype(np.float32),

@@ -5,8 +5,8 @@
     images = model.generate('a red apple, flat style', seed=7)  # uint8 [1, h, w, 3]
 
 The stages are modules of pure functions (`init`, `loss`, `sample`): `clip`, `diffusion_prior`,
-`decoder`, `upsampler`. Names, packages among them, are imported when they are first used, so that
-the command line can answer before JAX is loaded.
+`ar_prior`, `decoder`, `upsampler`. Names, packages among them, are imported when they are first
+used, so that the command line can answer before JAX is loaded.
 """
 
 import importlib
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
   from unclip_jax import configs, data, diffusion, nn, presets, stages, weights
   from unclip_jax.configs import UnclipConfig
   from unclip_jax.presets import preset
-  from unclip_jax.stages import clip, decoder, diffusion_prior, upsampler
+  from unclip_jax.stages import ar_prior, clip, decoder, diffusion_prior, upsampler
   from unclip_jax.systems.exported import load_exported, write_exported
   from unclip_jax.systems.fused import Fused, fuse
   from unclip_jax.systems.samples import Progress, Samples, StartNoise, Trajectories
@@ -34,6 +34,7 @@ __all__ = [
   'Unclip',
   'UnclipConfig',
   'UnclipError',
+  'ar_prior',
   'clip',
   'configs',
   'data',
@@ -64,6 +65,7 @@ _HOMES = {
   'Unclip': 'systems.unclip',
   'UnclipConfig': 'configs',
   'UnclipError': 'types',
+  'ar_prior': 'stages.ar_prior',
   'clip': 'stages.clip',
   'configs': 'configs',
   'data': 'data',

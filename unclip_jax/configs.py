@@ -127,6 +127,38 @@ class PriorConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ArSamplingConfig:
+  """How the autoregressive prior is sampled unless the caller asks otherwise."""
+
+  guidance_scale: float = 1.0
+  temperature: float = 1.0  # below 1 likely buckets are drawn more often than the network says
+  dot_share: float = 0.5  # z_i . z_t is drawn from so much of its distribution, the highest values
+
+
+@dataclasses.dataclass(frozen=True)
+class ArPriorConfig:
+  """The autoregressive prior (section 2.2): it predicts z_i one principal component at a time.
+
+  With `text` its own Transformer reads the caption (the paper); without, the states of CLIP's text
+  encoder are projected.
+  """
+
+  embed_dim: int
+  context_length: int  # of captions
+  width: int
+  depth: int
+  num_heads: int
+  num_components: int  # that are predicted, of embed_dim
+  num_buckets: int = 1024  # that each is quantised into, and z_i . z_t as well
+  text: TextConfig | None = None
+  text_width: int | None = None  # of CLIP's states, where they are read
+  sampling: ArSamplingConfig = ArSamplingConfig()
+  unit_norm: bool = True  # sampled embeddings are put back on CLIP's unit sphere
+  num_candidates: int = 1  # drawn for each image; the one nearest to z_t is kept
+  text_drop: float = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
 class UNetConfig:
   """The ADM U-Net."""
 
@@ -319,6 +351,7 @@ class GlideUpsamplerConfig:
   temperature: float = 0.997  # of the noise that it starts from
 
 
+AnyPriorConfig = PriorConfig | ArPriorConfig
 AnyDecoderConfig = (
   DecoderConfig | KandinskyDecoderConfig | StableUnclipDecoderConfig | GlideDecoderConfig
 )
@@ -330,7 +363,7 @@ class UnclipConfig:
   """The whole system; public weights may come without some of its stages."""
 
   clip: ClipConfig | None  # None: GLIDE knows no CLIP
-  prior: PriorConfig | None
+  prior: AnyPriorConfig | None
   decoder: AnyDecoderConfig | None
   upsamplers: tuple[AnyUpsamplerConfig, ...] = ()
   # Of a decoder whose captions are read by neither CLIP nor itself.

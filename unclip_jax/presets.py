@@ -1,10 +1,14 @@
-"""The presets: `tiny` for tests, `emoji_small` (32 -> 128 px), `emoji` (64 -> 256), `paper`."""
+"""The presets: `tiny` for tests, `emoji_small` (32 -> 128 px), `emoji` (64 -> 256), `paper`.
+
+Those that end in `_ar` have the autoregressive prior in place of the diffusion prior.
+"""
 
 import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
 
 from unclip_jax.configs import (
+  ArPriorConfig,
   ClipConfig,
   ConvTowerConfig,
   DecoderConfig,
@@ -311,6 +315,52 @@ KARLO = UnclipConfig(
   ),
 )
 
+TINY_AR = dataclasses.replace(
+  TINY,
+  prior=ArPriorConfig(
+    embed_dim=16,
+    context_length=12,
+    width=32,
+    depth=2,
+    num_heads=2,
+    num_components=6,
+    num_buckets=32,
+    text_width=24,
+  ),
+)
+
+EMOJI_SMALL_AR = dataclasses.replace(
+  EMOJI_SMALL,
+  prior=ArPriorConfig(
+    embed_dim=128,
+    context_length=32,
+    width=192,
+    depth=4,
+    num_heads=4,
+    num_components=64,
+    # Thousands of pictures fill no 1024 buckets. A hundredth of a range is less than what PCA
+    # leaves.
+    num_buckets=128,
+    text_width=128,
+    num_candidates=2,
+  ),
+)
+
+PAPER_AR = dataclasses.replace(
+  PAPER,
+  # Table 3 has a context of 384 for the Transformer over components, which 256 positions of a
+  # caption and 319 components exceed: how it reads them is not said. Here each has a position.
+  prior=ArPriorConfig(
+    embed_dim=1024,
+    context_length=256,
+    width=1664,
+    depth=24,
+    num_heads=26,
+    num_components=319,
+    text=_PAPER_TEXT,
+  ),
+)
+
 PRESETS: Mapping[str, UnclipConfig] = MappingProxyType(
   {
     'tiny': TINY,
@@ -318,6 +368,9 @@ PRESETS: Mapping[str, UnclipConfig] = MappingProxyType(
     'emoji': EMOJI,
     'paper': PAPER,
     'karlo': KARLO,
+    'tiny_ar': TINY_AR,
+    'emoji_small_ar': EMOJI_SMALL_AR,
+    'paper_ar': PAPER_AR,
   }
 )
 

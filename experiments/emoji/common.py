@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import unclip_jax
@@ -17,8 +18,8 @@ from experiments.emoji.compose import load_sprites
 from experiments.emoji.domain import make_vocabulary
 from experiments.emoji.options import TrainConfig
 from experiments.emoji.pool import Pool, make_pool
-from unclip_jax import config_json
-from unclip_jax.configs import DecoderConfig, PriorConfig, UpsamplerConfig
+from unclip_jax import config_json, sharding
+from unclip_jax.configs import DecoderConfig, PriorConfig, UnclipConfig, UpsamplerConfig
 from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.data.vocabulary import Vocabulary
 from unclip_jax.nn.clip import TextFeatures
@@ -27,7 +28,16 @@ from unclip_jax.stages.diffusion_prior import Statistics, fit_statistics
 from unclip_jax.systems.convert import convert
 from unclip_jax.systems.formats import Model, open_model, read_vocabulary
 from unclip_jax.systems.loading import find_folder, read_stages
-from unclip_jax.train.state import Metrics, TrainState, TrainStep, gather, make_multi_step
+from unclip_jax.train.state import (
+  GradFn,
+  LossFn,
+  Metrics,
+  TrainState,
+  TrainStep,
+  gather,
+  make_multi_step,
+  make_train_step,
+)
 from unclip_jax.types import Array, Params, UnclipError
 from unclip_jax.weights.folder import (
   MANIFEST_NAME,
@@ -38,10 +48,17 @@ from unclip_jax.weights.folder import (
 )
 
 
-def begin(train: TrainConfig, stage: str) -> None:
+def begin(
+  train: TrainConfig, stage: str, kinds: Any = PriorConfig | DecoderConfig | UpsamplerConfig
+) -> None:
   """Makes the folder of a new fine-tune a copy of the model of `--init`.
 
   The stages that are not trained stay as they are, so that the run is a whole model at once.
+
+  Args:
+    train: the options.
+    stage: what is trained.
+    kinds: of configs that can be.
 
   Raises:
     UnclipError: the model has no such stage, one of another kind, or no image tower to learn it by.
@@ -50,9 +67,10 @@ def begin(train: TrainConfig, stage: str) -> None:
   stages |= {f'upsampler_{i}': config for i, config in enumerate(train.config.upsamplers)}
   if stages.get(stage) is None:
     raise UnclipError(f'--init {train.init}: it has no {stage}')
-  if not isinstance(stages[stage], PriorConfig | DecoderConfig | UpsamplerConfig):
+  if not isinstance(stages[stage], kinds):
+    model = 'the preset' if train.init is None else f'--init {train.init}'
     raise UnclipError(
-      f'--init {train.init}: its {stage} is of another kind than the {stage} that is trained here'
+      f'{model}: its {stage} is of another kind than the {stage} that is trained here'
     )
   if train.config.clip.vision is None and not stage.startswith('upsampler'):
     raise UnclipError(
@@ -121,6 +139,11 @@ def has_clip_of_init(train: TrainConfig) -> bool:
   )
 
 
+def config_of_init(train: TrainConfig) -> UnclipConfig | None:
+  """The config of the model of `--init`, without the overrides of the run."""
+  return None if train.init is None else _open_init(train).config
+
+
 def prior_statistics(train: TrainConfig, z_i: Array) -> Statistics:
   """Those that the prior of `--init` was trained with, where its CLIP is the run's; else of z_i."""
   if has_clip_of_init(train) and 'prior' in _open_init(train).stages:
@@ -133,6 +156,40 @@ def _open_init(train: TrainConfig) -> Model:
   return open_model(find_folder(train.init))
 
 
+def make_mesh(train: TrainConfig) -> sharding.Mesh:
+  """The mesh of all devices, as the options split them.
+
+  Raises:
+    UnclipError: the devices do not divide into groups, or a batch not over the groups.
+  """
+  mesh = sharding.make_mesh(model_devices=train.model_devices)
+  unit = mesh.shape[sharding.DATA_AXIS] * train.accumulate
+  if train.batch_size % unit:
+    raise UnclipError(
+      f'--batch-size {train.batch_size}: take a multiple of {unit}, to split it over '
+      f'{unit // train.accumulate} devices (or groups of --model-devices) and --accumulate '
+      f'{train.accumulate}'
+    )
+  return mesh
+
+
+def make_step(
+  train: TrainConfig,
+  loss_fn: LossFn | None,
+  optimizer: optax.GradientTransformation,
+  grad_fn: GradFn | None = None,
+) -> TrainStep:
+  """`make_train_step` with the average and the accumulation of the options."""
+  return make_train_step(
+    loss_fn, optimizer, train.ema_decay, train.accumulate, grad_fn, unroll=_on_cpu()
+  )
+
+
+def _on_cpu() -> bool:
+  """Where XLA runs the gradients of convolutions inside of a loop tens of times slower."""
+  return jax.default_backend() == 'cpu'
+
+
 def make_updates(
   train: TrainConfig,
   train_step: TrainStep,
@@ -141,8 +198,8 @@ def make_updates(
 ) -> TrainStep:
   """A function (state, pool, key) -> (state, metrics [chunk]) that makes `train.chunk` updates.
 
-  On an accelerator they are one program. On a CPU each is its own: XLA runs the gradients of
-  convolutions inside of a loop tens of times slower than outside of one.
+  On an accelerator they are one program. On a CPU each is its own. The state stays split over the
+  devices as the options say: place it by `sharding.place_state(state, mesh, train.fsdp)`.
 
   Args:
     train: the options.
@@ -151,13 +208,14 @@ def make_updates(
     frozen: parameters that no update changes. With them the step is given (batch, frozen) as its
       batch: an argument of the program, as constants of it they would be compiled in.
   """
-  on_cpu = jax.default_backend() == 'cpu'
+  on_cpu, mesh = _on_cpu(), make_mesh(train)
 
   def multi_step(
     state: TrainState, pool: Any, key: Array, frozen: Params | None
   ) -> tuple[TrainState, Metrics]:
     def step(state: TrainState, batch: Any, key: Array) -> tuple[TrainState, Metrics]:
-      return train_step(state, batch if frozen is None else (batch, frozen), key)
+      state, metrics = train_step(state, batch if frozen is None else (batch, frozen), key)
+      return sharding.constrain_state(state, mesh, train.fsdp), metrics
 
     chunk = 1 if on_cpu else train.chunk
     return make_multi_step(step, chunk, train.batch_size, make_batch)(state, pool, key)
@@ -315,8 +373,9 @@ def export_stage(
 
 
 def _vocabulary(train: TrainConfig, splits: tuple[str, ...]) -> Vocabulary | None:
-  """The words of the run's captions; none where the model knew all words before."""
-  if train.fine_tunes and _open_init(train).vocabulary is None:
+  """The words of the run's captions; none where they are not emoji's, or all were known before."""
+  knew_all = train.fine_tunes and _open_init(train).vocabulary is None
+  if knew_all or train.embeddings is not None:
     return None
   domain = (train.styles, train.groups, train.labels, splits)
   return make_vocabulary(load_sprites(train.data), *domain)

@@ -5,13 +5,20 @@
 
 The pictures are judged by a CLIP of another make than the one that generates, and by plain measures
 of pixels. Intervals are 95% of a bootstrap over captions.
+
+With --ar-prior RUN, of `train_ar_prior` for the same CLIP, the prior of that run is measured beside
+the model's own: through the same decoder, for the same captions and seeds, the best of as many
+candidates.
 """
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+import unclip_jax
 from experiments.emoji import common, held_out, measures
 from experiments.emoji.bench import (
   Bench,
@@ -24,6 +31,7 @@ from experiments.emoji.bench import (
 )
 from experiments.emoji.compose import CaptionedEmoji, in_domain
 from unclip_jax import Unclip
+from unclip_jax.configs import ArPriorConfig
 from unclip_jax.data.degradations import area_downsample
 from unclip_jax.evaluate.frechet import MIN_ROWS_A_DIMENSION, frechet_distance
 from unclip_jax.evaluate.retrieval import bootstrap, is_first
@@ -35,11 +43,31 @@ from unclip_jax.types import UnclipError
 MIN_JUDGE = 0.8  # R@1 on real pictures, below which a judge's word is worth little
 
 
-def compare_sources(bench: Bench) -> tuple[dict[str, Row], dict[str, Values]]:
+def with_prior_of(model: Unclip, other: str) -> Unclip:
+  """The model with the prior of another one, which draws as many candidates as its own.
+
+  Raises:
+    UnclipError: there is none such, or it was trained for another CLIP.
+  """
+  theirs = unclip_jax.load(other)
+  if not isinstance(theirs.config.prior, ArPriorConfig) or not is_same(model, theirs):
+    raise UnclipError(
+      f'--ar-prior {other}: it has no autoregressive prior for the CLIP of --run: train one to the '
+      'end by train_ar_prior --init RUN'
+    )
+  num_candidates = model.config.prior.num_candidates
+  prior = dataclasses.replace(theirs.config.prior, num_candidates=num_candidates)
+  config = dataclasses.replace(model.config, prior=prior)
+  params = {**model.params, 'prior': theirs.params['prior']}
+  return dataclasses.replace(model, config=config, params=params)
+
+
+def compare_sources(bench: Bench, rival: Unclip | None) -> tuple[dict[str, Row], dict[str, Values]]:
   """The real pictures, those decoded from each of what the decoder may be given, and two bounds.
 
   The bounds: training pictures of the same objects in another style, which a model that recalls
-  and does not combine would draw, and pictures of other objects.
+  and does not combine would draw, and pictures of other objects. `rival` is the model with another
+  prior.
   """
   truths = bench.gallery.truths[: bench.gallery.num_asked]
   asked = [truth.caption for truth in truths]
@@ -54,6 +82,7 @@ def compare_sources(bench: Bench) -> tuple[dict[str, Row], dict[str, Values]]:
     'true z_i': bench.draw(asked, n, z_i=model.encode_image(real)),
     'prior': common.to_uint8(large),
     'prior, not enlarged': common.to_uint8(small),
+    **({} if rival is None else {'AR prior': rival.sample(asked, bench.seed, n).images}),
     'z_t as z_i': bench.draw(asked, n, z_i=model.encode_text([t.caption for t in bench.asked])),
     'caption alone': bench.draw(asked, n, z_i=nothing),
   }
@@ -72,12 +101,12 @@ def compare_sources(bench: Bench) -> tuple[dict[str, Row], dict[str, Values]]:
     pictures[name] = shown.repeat(n, axis=0)
   values = {name: bench.measure(images) for name, images in pictures.items()}
   rows = {name: bench.row(value) for name, value in values.items()}
-  for name in ('true z_i', 'prior', 'z_t as z_i', 'caption alone'):
+  for name in rows.keys() & {'true z_i', 'prior', 'AR prior', 'z_t as z_i', 'caption alone'}:
     rows[name]['diversity'] = bench.diversity(pictures[name])
   return rows, values
 
 
-def find_the_weakest(bench: Bench, rows: dict[str, Row]) -> dict[str, str]:
+def find_the_weakest(bench: Bench, rows: dict[str, Row], rival: Unclip | None) -> dict[str, str]:
   """One figure a stage."""
   model, gallery = bench.model, bench.gallery
   truths = gallery.truths[: gallery.num_asked]
@@ -87,11 +116,7 @@ def find_the_weakest(bench: Bench, rows: dict[str, Row]) -> dict[str, str]:
   )
   labels = np.arange(len(truths))
   found = is_first(z_i[labels], model.encode_text(gallery.captions), labels)
-  drawn = np.asarray(model.sample([t.caption for t in truths], 0, size=up.low_size).z_i)
-  drawn /= np.linalg.norm(drawn, axis=1, keepdims=True)
-  scores = drawn @ z_i.T
-  own, others = bootstrap(scores[labels, labels]), np.ones(scores.shape, bool)
-  others[labels, labels] = False
+  asked = [truth.caption for truth in truths]
   moved = np.asarray(model.encode_image(held_out.moved(bench.sprites, truths, clip_size)))
   spread = {'moved by 4%': (moved * z_i[labels]).sum(axis=1).mean()}
   restyled, ours = held_out.in_another_style(bench.sprites, truths, bench.options['styles'])
@@ -105,10 +130,10 @@ def find_the_weakest(bench: Bench, rows: dict[str, Row]) -> dict[str, str]:
   return {
     'CLIP': f'R@1 of real pictures among {len(gallery.truths)} captions {bootstrap(found)}',
     'prior': (
-      f'cosine to the true z_i {own}, to those of others {scores[others].mean():.3f}; '
-      'of the true z_i to those of the same picture '
+      f'{cosines(model, asked, z_i)}; of the true z_i to those of the same picture '
       + ', '.join(f'{name} {value:.3f}' for name, value in spread.items())
     ),
+    **({} if rival is None else {'AR prior': cosines(rival, asked, z_i)}),
     'decoder': (
       f'R@1 same ground from the true z_i {rows["true z_i"]["R@1 same ground"]}, '
       f"from the prior's {rows['prior']['R@1 same ground']}"
@@ -119,6 +144,17 @@ def find_the_weakest(bench: Bench, rows: dict[str, Row]) -> dict[str, str]:
       f'bicubic {psnr(bicubic, high):.2f} dB'
     ),
   }
+
+
+def cosines(model: Unclip, captions: list[str], z_i: np.ndarray) -> str:
+  """How near what a prior draws comes to z_i, of which the first are those of the captions."""
+  size, labels = model.config.decoder.image_size, np.arange(len(captions))
+  drawn = np.asarray(model.sample(captions, 0, size=size).z_i)
+  drawn = drawn / np.linalg.norm(drawn, axis=1, keepdims=True)
+  scores = drawn @ z_i.T
+  own, others = bootstrap(scores[labels, labels]), np.ones(scores.shape, bool)
+  others[labels, labels] = False
+  return f'cosine to the true z_i {own}, to those of others {scores[others].mean():.3f}'
 
 
 def upscale(model: Unclip, low: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -225,10 +261,12 @@ def is_same(model: Unclip, judge: Unclip) -> bool:
 def main(argv: list[str] | None = None) -> None:
   parser = make_parser(__doc__, samples=4)
   parser.add_argument('--scenes', type=int, default=64, help='of two objects')
+  parser.add_argument('--ar-prior', default=None, help='run of train_ar_prior')
   args = parser.parse_args(argv)
   if args.scenes < 1:
     raise UnclipError(f'--scenes {args.scenes}: take 1 or more')
   bench = open_bench(args, seed=1)
+  rival = None if args.ar_prior is None else with_prior_of(bench.model, args.ar_prior)
   gallery = bench.gallery
   print('## Measured by a judge that it never saw\n')
   print(
@@ -242,14 +280,14 @@ def main(argv: list[str] | None = None) -> None:
     print(f'The real pictures are enlarged from {bench.sprites.size} px: give --data.\n')
   if is_same(bench.model, bench.judge):
     print('The judge is the CLIP of the model itself: nothing here is evidence.\n')
-  rows, values = compare_sources(bench)
+  rows, values = compare_sources(bench, rival)
   print(table(rows) + '\n')
   if rows['real']['R@1 captions'].mean < MIN_JUDGE:
     print(f'The judge finds fewer than {MIN_JUDGE:.0%} of the real pictures: train it longer.\n')
   for name in ('R@1 captions', 'R@1 same ground', 'R@1 real, other ground'):
     share = rows['prior'][name].mean / max(rows['real'][name].mean, 1e-9)
     print(f'- {name}: generated pictures reach {share:.2f} of the real ones.')
-  for other in ('z_t as z_i', 'caption alone'):
+  for other in ('z_t as z_i', 'caption alone', *(() if rival is None else ('AR prior',))):
     gains = {
       name: bootstrap(values['prior'][name] * 1.0 - values[other][name], bench.labels)
       for name in (
@@ -260,7 +298,7 @@ def main(argv: list[str] | None = None) -> None:
       )
     }
     print(f'- The prior less {other}: ' + ', '.join(f'{k} {v}' for k, v in gains.items()))
-  for stage, figure in find_the_weakest(bench, rows).items():
+  for stage, figure in find_the_weakest(bench, rows, rival).items():
     print(f'- {stage}: {figure}')
   print(
     '\nTwo objects of the training set (by chance the place is right in 0.25, the colours are in '

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,7 +15,7 @@ from experiments.emoji.vocabulary import fit_to_tokenizer
 from unclip_jax import config_json
 from unclip_jax.configs import UnclipConfig
 from unclip_jax.data.tokenizer import Tokenizer
-from unclip_jax.presets import preset
+from unclip_jax.presets import PRESETS, preset
 from unclip_jax.systems.checks import check_config
 from unclip_jax.systems.formats import open_model
 from unclip_jax.systems.loading import find_folder
@@ -48,8 +49,17 @@ class TrainConfig:
     styles, groups, labels, scene_fraction, jitter: what is drawn, see `CaptionedEmoji`.
     stage: which of the upsamplers.
     data: folder of a build; None is the one that comes with the repository.
+    embeddings: a folder of embed_dataset that is trained on in place of emoji; None takes emoji.
     seed: of everything random.
     dtype: what the networks compute in.
+    fsdp: whether each device holds a part of the training state, and not all of it.
+    model_devices: how many devices share one copy of the networks, split by heads and columns.
+    accumulate: parts of a batch whose gradients are computed one after the other.
+    remat: whether blocks of the networks run again for their gradients.
+    sam_rho: the length of SAM's perturbations of CLIP; None trains without.
+    sam_group: examples that share one.
+    cache_chunk: examples whose activations CLIP's training holds at a time; None holds all.
+    loss_chunk: columns of CLIP's logits that are held at a time; None holds all.
   """
 
   init: str | None
@@ -76,8 +86,17 @@ class TrainConfig:
   jitter: float
   stage: int
   data: Path | None
+  embeddings: Path | None
   seed: int
   dtype: Any
+  fsdp: bool
+  model_devices: int
+  accumulate: int
+  remat: bool
+  sam_rho: float | None
+  sam_group: int
+  cache_chunk: int | None
+  loss_chunk: int | None
 
   @property
   def trains_adapters(self) -> bool:
@@ -102,6 +121,10 @@ def parse_options(
   ema_decay: float = 0.999,
   pool_size: int = 65536,
   has_lora: bool = False,
+  has_contrast: bool = False,
+  has_embeddings: bool = False,
+  drops_text: str | None = None,
+  configure: Callable[[UnclipConfig], UnclipConfig] = lambda config: config,
 ) -> TrainConfig:
   """The options of a training script (of the process if argv is None); defaults as given.
 
@@ -114,6 +137,10 @@ def parse_options(
     ema_decay: see steps.
     pool_size: see steps.
     has_lora: whether the script can train adapters.
+    has_contrast: whether it trains CLIP, whose loss compares all of a batch.
+    has_embeddings: whether it can train on embeddings that are stored.
+    drops_text: the stage whose captions it drops, 'prior' or 'decoder'.
+    configure: what it makes of the config, before `--set` does.
 
   Raises:
     UnclipError: an option makes no sense; names it.
@@ -121,17 +148,32 @@ def parse_options(
   parser = _make_parser(description)
   parser.set_defaults(steps=steps, batch_size=batch_size, ema_decay=ema_decay)
   parser.set_defaults(pool_size=pool_size, lora=None, lora_alpha=None, init_lora=None)
+  parser.set_defaults(embeddings=None)
+  parser.set_defaults(sam_rho=None, sam_group=64, cache_chunk=None, loss_chunk=None)
   if has_lora:
     _add_lora(parser)
+  if has_contrast:
+    _add_contrast(parser)
+  if has_embeddings:
+    help_text = 'of any captioned pictures, made by experiments.embed_dataset, in place of emoji'
+    parser.add_argument('--embeddings', type=Path, metavar='FOLDER', help=help_text)
+  if drops_text is not None:
+    text_drop_help = f'captions dropped in training: --set {drops_text}.text_drop'
+    parser.add_argument('--text-drop', type=float, metavar='FRACTION', help=text_drop_help)
   args = parser.parse_args(argv)
   _check_numbers(args)
   _check_lora(args)
+  if has_contrast:
+    _check_contrast(args)
   given = vars(args)
   preset_name, assignments = given.pop('preset'), given.pop('assignments')
+  text_drop = given.pop('text_drop', None)
+  if text_drop is not None:
+    assignments = [*assignments, f'{drops_text}.text_drop={text_drop}']
   ours = [a.removeprefix('optimizer.') for a in assignments if a.startswith('optimizer.')]
   theirs = [a for a in assignments if not a.startswith('optimizer.')]
   config, tokenizer = _choose_model(args.init, preset_name)
-  config = config_json.override(config, theirs)
+  config = config_json.override(configure(config), theirs)
   if args.stage not in range(max(1, len(config.upsamplers))):
     raise UnclipError(f'--stage {args.stage}: the model has {len(config.upsamplers)} upsamplers')
   check_config(config)
@@ -179,7 +221,7 @@ def _make_parser(description: str) -> Parser:
   add(
     '--preset',
     default=None,
-    help=f'tiny, emoji_small, emoji, paper or karlo; without one that of --init, or {_PRESET}',
+    help=f'one of {", ".join(PRESETS)}; without one that of --init, or {_PRESET}',
   )
   add(
     '--set',
@@ -210,6 +252,10 @@ def _make_parser(description: str) -> Parser:
   add('--data', type=Path, default=None, help='a build of experiments.emoji.build')
   add('--seed', type=int, default=0, help='of everything random')
   add('--dtype', default='bfloat16' if on_accelerator else 'float32', help='of the networks')
+  add('--fsdp', action='store_true', help='split parameters, average and moments over the devices')
+  add('--model-devices', type=int, default=1, help='devices that share one copy of the networks')
+  add('--accumulate', type=int, default=1, help='parts of a batch, computed one after the other')
+  add('--remat', action='store_true', help='compute activations twice, in place of keeping them')
   return parser
 
 
@@ -225,8 +271,16 @@ def _add_lora(parser: Parser) -> None:
   add('--init-lora', type=Path, metavar='FILE', help='adapters to start from, in place of --lora')
 
 
+def _add_contrast(parser: Parser) -> None:
+  add = parser.add_argument
+  add('--sam-rho', type=float, help="length of SAM's perturbations; 0.1 in the paper")
+  add('--sam-group', type=int, help='examples that share a perturbation')
+  add('--cache-chunk', type=int, help='examples whose activations are held at a time (all)')
+  add('--loss-chunk', type=int, help='columns of logits that are held at a time (all)')
+
+
 def _check_numbers(args: argparse.Namespace) -> None:
-  for name in ('steps', 'batch_size', 'chunk', 'save_every'):
+  for name in ('steps', 'batch_size', 'chunk', 'save_every', 'model_devices', 'accumulate'):
     if getattr(args, name) < 1:
       raise UnclipError(f'--{name.replace("_", "-")} {getattr(args, name)}: take 1 or more')
   if args.steps % args.chunk:
@@ -243,6 +297,11 @@ def _check_numbers(args: argparse.Namespace) -> None:
       raise UnclipError(f'--{name.replace("_", "-")} {value:g}: take a fraction from 0 to {most:g}')
   if args.dtype not in ('float32', 'bfloat16'):
     raise UnclipError(f'--dtype {args.dtype}: take float32 or bfloat16')
+  if args.batch_size % args.accumulate:
+    raise UnclipError(
+      f'--accumulate {args.accumulate}: take a number that divides the {args.batch_size} of '
+      '--batch-size'
+    )
 
 
 def _check_lora(args: argparse.Namespace) -> None:
@@ -255,6 +314,11 @@ def _check_lora(args: argparse.Namespace) -> None:
     raise UnclipError(f'--lora {args.lora}: take a rank of 1 or more')
   if args.lora_alpha is not None and not 0 < args.lora_alpha < math.inf:
     raise UnclipError(f'--lora-alpha {args.lora_alpha:g}: take a number above 0')
+  if args.accumulate > 1:
+    raise UnclipError(
+      f'{name}: adapters see whole batches: take a smaller --batch-size in place of --accumulate, '
+      'or --remat'
+    )
   if args.init is None:
     raise UnclipError(f'{name}: adapters change a model that is trained: give it by --init MODEL')
   if args.preset is not None:
@@ -263,6 +327,29 @@ def _check_lora(args: argparse.Namespace) -> None:
     raise UnclipError(
       '--init-lora: its adapters have a rank and a scale: leave --lora and --lora-alpha out'
     )
+
+
+def _check_contrast(args: argparse.Namespace) -> None:
+  if args.accumulate > 1:
+    raise UnclipError(
+      f'--accumulate {args.accumulate}: the contrastive loss compares all of a batch: take '
+      '--cache-chunk in its place'
+    )
+  if args.sam_rho is not None and not 0 <= args.sam_rho < math.inf:
+    raise UnclipError(f'--sam-rho {args.sam_rho:g}: take 0 or more')
+  if args.sam_rho is not None and args.cache_chunk is not None:
+    raise UnclipError(
+      '--cache-chunk: with --sam-rho the activations of --sam-group examples are held at a time: '
+      'leave it out'
+    )
+  names = ('cache_chunk', 'loss_chunk', *(() if args.sam_rho is None else ('sam_group',)))
+  for name in names:
+    size = getattr(args, name)
+    if size is not None and (size < 1 or args.batch_size % size):
+      raise UnclipError(
+        f'--{name.replace("_", "-")} {size}: take a number that divides the {args.batch_size} of '
+        '--batch-size'
+      )
 
 
 def _choose_model(init: str | None, preset_name: str | None) -> tuple[UnclipConfig, Tokenizer]:

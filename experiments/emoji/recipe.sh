@@ -4,7 +4,9 @@
 #   experiments/emoji/recipe.sh RUN [STAGE...]
 #
 # STAGE is one of build clip prior decoder upsampler judge sweep evaluate report; without any, all
-# run in this order. Each is one call that continues where it was stopped. On an accelerator
+# run in this order. The stage ar_prior, which is asked for by name, trains an autoregressive prior
+# for the run into RUN/ar_prior, and `evaluate` then compares both. Each is one call that continues
+# where it was stopped. On an accelerator
 # PRESET=emoji trains the larger networks on the whole set, with the scripts' own settings. The
 # embedded weights came about in more legs than this, by the same scripts: see docs/emoji.md.
 set -euo pipefail
@@ -28,6 +30,7 @@ if [ "$preset" = emoji_small ]; then
   decay=(--set optimizer.decay=cosine)
   clip=(--steps 1500 --batch-size 128 --pool-size 24576)
   prior=(--steps 2300 --batch-size 64 --pool-size 24576 "${decay[@]}" --jitter 0)
+  ar_prior=("${prior[@]}")
   decoder=(
     --steps 20000 --batch-size 32 --pool-size 24576 --draft-steps 6000 --ema-decay 0.999
     --set optimizer.learning_rate=8e-4 --set optimizer.warmup_steps=200 "${decay[@]}" --jitter 0
@@ -41,6 +44,7 @@ else
   size=256
   clip=()
   prior=()
+  ar_prior=()
   decoder=()
   upsampler=()
   judge=()
@@ -51,7 +55,7 @@ train() { python -m "experiments.emoji.train_$1" "${domain[@]}" "${@:2}"; }
 stages=("$@")
 [ $# -gt 0 ] || stages=(build clip prior decoder upsampler judge sweep evaluate report)
 for stage in "${stages[@]}"; do
-  [[ $stage =~ ^(build|clip|prior|decoder|upsampler|judge|sweep|evaluate|report)$ ]] ||
+  [[ $stage =~ ^(build|clip|prior|ar_prior|decoder|upsampler|judge|sweep|evaluate|report)$ ]] ||
     { echo "recipe.sh: no stage $stage" >&2 && exit 2; }
 done
 for stage in "${stages[@]}"; do
@@ -65,10 +69,19 @@ for stage in "${stages[@]}"; do
       train "$stage" --run "$run" "${own[@]}"
       ;;
     upsampler) train upsampler --run "$run" --data "$data" "${upsampler[@]}" ;;
+    ar_prior)
+      # The preset is that of the run.
+      python -m experiments.emoji.train_ar_prior --init "$run" --run "$run/ar_prior" \
+        "${domain[@]:2}" "${ar_prior[@]}"
+      ;;
     judge) train judge --run "$run/judge" "${judge[@]}" ;;
     sweep | evaluate)
+      rival=()
+      if [ "$stage" = evaluate ] && [ -e "$run/ar_prior/unclip.json" ]; then
+        rival=(--ar-prior "$run/ar_prior")
+      fi
       python -m "experiments.emoji.$stage" --run "$run" --judge "$run/judge" \
-        --images "$run/images" --data "$data"
+        --images "$run/images" --data "$data" "${rival[@]}"
       ;;
     report)
       python -m experiments.emoji.report --run "$run" --images "$run/images" --data "$data"

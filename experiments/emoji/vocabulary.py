@@ -10,7 +10,7 @@ import numpy as np
 from experiments.emoji import captions
 from experiments.emoji.compose import CaptionedEmoji, Sprites, load_sprites
 from experiments.emoji.concepts import SPLITS
-from unclip_jax.configs import UnclipConfig
+from unclip_jax.configs import ArPriorConfig, UnclipConfig
 from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.types import UnclipError
 
@@ -32,10 +32,13 @@ def fit_to_tokenizer(config: UnclipConfig, tokenizer: Tokenizer) -> UnclipConfig
   sizes = {'vocab_size': tokenizer.vocab_size, 'context_length': tokenizer.context_length}
   text = dataclasses.replace(config.clip.text, **sizes)
   own_text = config.decoder.text and dataclasses.replace(config.decoder.text, **sizes)
+  prior = dataclasses.replace(config.prior, context_length=tokenizer.context_length)
+  if isinstance(prior, ArPriorConfig) and prior.text is not None:
+    prior = dataclasses.replace(prior, text=dataclasses.replace(prior.text, **sizes))
   return dataclasses.replace(
     config,
     clip=dataclasses.replace(config.clip, text=text),
-    prior=dataclasses.replace(config.prior, context_length=tokenizer.context_length),
+    prior=prior,
     decoder=dataclasses.replace(config.decoder, text=own_text),
   )
 

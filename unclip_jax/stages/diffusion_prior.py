@@ -58,9 +58,14 @@ def drop_text(
 ) -> TextFeatures:
   """Replaces each caption [b] by the empty one [1] with the given probability."""
   drop = jax.random.bernoulli(key, probability, (text.ids.shape[0],))
+  return replace_text(drop, text, null_text)
+
+
+def replace_text(drop_b: Array, text: TextFeatures, null_text: TextFeatures) -> TextFeatures:
+  """The captions [b], and the empty one [1] where `drop_b` is true."""
 
   def choose(kept: Array, null: Array) -> Array:
-    where = drop.reshape(-1, *[1] * (kept.ndim - 1))
+    where = drop_b.reshape(-1, *[1] * (kept.ndim - 1))
     return jnp.where(where, jnp.broadcast_to(null, kept.shape).astype(kept.dtype), kept)
 
   return jax.tree.map(choose, text, null_text)
@@ -75,6 +80,7 @@ def loss(
   null_text: TextFeatures,
   key: Array,
   dtype: Any = jnp.float32,
+  remat: bool = False,
 ) -> tuple[Array, dict[str, Array]]:
   """Mean squared error of the predicted un-noised embedding.
 
@@ -87,6 +93,7 @@ def loss(
     null_text: features [1] of the empty caption, which stands in for 10% of them.
     key: of this step.
     dtype: the network's.
+    remat: whether blocks of the network run again for their gradients, which keeps less in memory.
 
   Returns:
     The loss, and {'cosine'}: the mean cosine of the predicted and the true embedding.
@@ -95,7 +102,7 @@ def loss(
   text = drop_text(key_drop, text, null_text, config.text_drop)
   x_0 = (z_i - statistics.mean[None]) / statistics.std[None]
   x_t, eps, step = draw_training_step(config.diffusion, key_step, x_0)
-  network = PriorNetwork(config, dtype)
+  network = PriorNetwork(config, dtype, remat)
   output = network.apply({'params': params}, x_t, step.t, text, method='predict')
   loss_b, _ = losses.diffusion_loss(
     output,
@@ -152,15 +159,7 @@ def sample(
   network, variables = PriorNetwork(config, dtype), {'params': params}
   pair = text if guidance_scale is None else guidance.interleave(text, null_text)
   prefix = network.apply(variables, pair, method='encode_prefix')
-  if num_candidates > 1:
-    b = text.ids.shape[0]
-
-    def each(x: Array) -> Array:
-      """A caption's row, or its pair of rows, once for each candidate."""
-      rows = jnp.repeat(x.reshape(b, -1, *x.shape[1:]), num_candidates, axis=0)
-      return rows.reshape(-1, *x.shape[1:])
-
-    prefix = jax.tree.map(each, prefix)
+  prefix = for_candidates(prefix, text.ids.shape[0], num_candidates)
   time_embs = network.apply(variables, plan.t, method='encode_time')
   denoise_fn = make_denoise_fn(
     lambda x, emb, given: network.apply(variables, x, emb, given),
@@ -173,6 +172,18 @@ def sample(
   x_0, trajectory = result if with_trajectory else (result, None)
   z_i = x_0 * statistics.std[None] + statistics.mean[None]
   return (l2_normalize(z_i) if config.unit_norm else z_i), trajectory
+
+
+def for_candidates(tree: Any, b: int, num_candidates: int) -> Any:
+  """Arrays of b captions, a row or a pair of rows each, once for each candidate of a caption."""
+  if num_candidates == 1:
+    return tree
+
+  def each(x: Array) -> Array:
+    rows = jnp.repeat(x.reshape(b, -1, *x.shape[1:]), num_candidates, axis=0)
+    return rows.reshape(-1, *x.shape[1:])
+
+  return jax.tree.map(each, tree)
 
 
 def rerank(z_i_bnd: Array, z_t: Array) -> Array:

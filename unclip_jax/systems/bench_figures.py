@@ -11,13 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unclip_jax.configs import DecoderConfig, UnclipConfig, UpsamplerConfig
+from unclip_jax.configs import DecoderConfig, PriorConfig, UnclipConfig, UpsamplerConfig
 from unclip_jax.measure import analytic
 from unclip_jax.measure.peaks import Peaks
 from unclip_jax.measure.timing import Spread, ratios, spread
 from unclip_jax.nn import convolution
 from unclip_jax.systems.bench_subject import Options, Subject, make_request
 from unclip_jax.systems.samples import Request
+from unclip_jax.systems.settings import StageSettings
 from unclip_jax.systems.stage_calls import Call
 
 
@@ -62,7 +63,7 @@ def analytic_flops(
   rows, own = len(request.captions), stage_config(config, stage)
   is_exact = jax.default_backend() == 'cpu' and jnp.dtype(dtype) == jnp.float32
   tiled = convolution.tile_size if is_exact else None
-  if stage == 'prior':
+  if isinstance(own, PriorConfig):
     steps, scale = len(request.prior.plan.t), request.prior.guidance_scale
     guided = scale is not None
     return analytic.prior_flops(own, rows, steps, guided, request.num_candidates)
@@ -76,10 +77,15 @@ def analytic_flops(
 
 
 def steps(request: Request) -> dict[str, int]:
-  """Of each sampled stage."""
+  """Of each stage that denoises."""
+  return {name: len(stage.plan.t) for name, stage in _denoising(request).items()}
+
+
+def _denoising(request: Request) -> dict[str, StageSettings]:
+  """The settings of the stages that are sampled by denoising."""
   stages = {'prior': request.prior, 'decoder': request.decoder}
   stages |= {f'upsampler_{i}': up for i, up in enumerate(request.upsamplers)}
-  return {name: len(stage.plan.t) for name, stage in stages.items() if stage is not None}
+  return {name: stage for name, stage in stages.items() if isinstance(stage, StageSettings)}
 
 
 def sums(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -114,18 +120,29 @@ def sums(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def about(subject: Subject, options: Options) -> dict[str, Any]:
   """What is measured, on what, and when."""
-  device, request = jax.devices()[0], make_request(subject, options, 1)
-  sampled = {'prior': request.prior, 'decoder': request.decoder}
-  sampled |= {f'upsampler_{i}': up for i, up in enumerate(request.upsamplers)}
-  sampled = {name: stage for name, stage in sampled.items() if stage is not None}
+  request = make_request(subject, options, 1)
+  denoising = _denoising(request)
+  guidance = {'prior': request.prior, **denoising}
   return {
-    'date': datetime.datetime.now(datetime.UTC).strftime('%Y-%m-%d %H:%M UTC'),
     'model': subject.name,
     'dtype': options.dtype,
     'steps': steps(request),
-    'samplers': {name: stage.sampler for name, stage in sampled.items()},
-    'guided': [name for name, stage in sampled.items() if stage.guidance_scale is not None],
+    'samplers': {name: stage.sampler for name, stage in denoising.items()},
+    'guided': [
+      name
+      for name, stage in guidance.items()
+      if stage is not None and stage.guidance_scale is not None
+    ],
     'rounds': options.rounds,
+    **machine(),
+  }
+
+
+def machine() -> dict[str, Any]:
+  """What is measured on, and when."""
+  device = jax.devices()[0]
+  return {
+    'date': datetime.datetime.now(datetime.UTC).strftime('%Y-%m-%d %H:%M UTC'),
     'platform': device.platform,
     'device': device.device_kind,
     'num_devices': len(jax.devices()),

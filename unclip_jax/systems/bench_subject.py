@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from unclip_jax.configs import GlideDecoderConfig, UnclipConfig
+from unclip_jax.configs import ArPriorConfig, GlideDecoderConfig, UnclipConfig
 from unclip_jax.data.tokenizer import Tokens
 from unclip_jax.presets import preset
 from unclip_jax.systems import requests
@@ -31,9 +31,9 @@ class Options:
     batch_sizes: images at a time; filled up where the devices do not divide one.
     devices: over how many a batch is spread, one after the other.
     dtype: of networks and parameters.
-    steps: of each sampled stage of the model in their order (prior, decoder, upsamplers together);
-      empty: the model's own.
-    sampler: of all stages; None: the model's own.
+    steps: of each stage of the model that denoises in their order (prior, decoder, upsamplers
+      together); empty: the model's own.
+    sampler: of all of them; None: the model's own.
     guided: whether prior and decoder are guided; None: as the model is.
     stages: those to measure, `end_to_end` among them; empty: all.
     rounds: how often each is timed.
@@ -130,19 +130,21 @@ def make_request(subject: Subject, options: Options, rows: int) -> Request:
   sampled = {'prior': config.prior, 'decoder': config.decoder}
   sampled |= {'upsampler': config.upsamplers[0]} if config.upsamplers else {}
   sampled = {name: stage for name, stage in sampled.items() if stage is not None}
-  if options.steps and len(options.steps) != len(sampled):
+  denoising = [name for name, stage in sampled.items() if not isinstance(stage, ArPriorConfig)]
+  if options.steps and len(options.steps) != len(denoising):
     raise UnclipError(
-      f'--steps {" ".join(map(str, options.steps))}: give {len(sampled)} numbers, of '
-      f'{", ".join(sampled)}'
+      f'--steps {" ".join(map(str, options.steps))}: give {len(denoising)} numbers, of '
+      f'{", ".join(denoising)}'
     )
-  steps = dict(zip(sampled, options.steps, strict=False))
+  steps = dict(zip(denoising, options.steps, strict=False))
   asked = {}
   for name, stage in sampled.items():
     scale = None
     if options.guided is not None and name != 'upsampler':
       own = stage.sampling.guidance_scale
       scale = (_GUIDANCE if own == 1 else own) if options.guided else 1.0
-    asked[name] = Sampling(steps.get(name), options.sampler, scale)
+    sampler = options.sampler if name in denoising else None
+    asked[name] = Sampling(steps.get(name), sampler, scale)
   nothing = Sampling()
   samplings = Samplings(*(asked.get(name, nothing) for name in Samplings._fields))
   z_i, caption = None, CAPTION

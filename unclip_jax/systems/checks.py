@@ -5,6 +5,7 @@ import math
 from unclip_jax.configs import (
   AnyDecoderConfig,
   AnyUpsamplerConfig,
+  ArPriorConfig,
   ClipConfig,
   DecoderConfig,
   DiffusionConfig,
@@ -45,9 +46,12 @@ def check_config(config: UnclipConfig) -> None:
     _check_heads('decoder_text', config.decoder_text.width, config.decoder_text.num_heads)
   stages: dict[str, PriorConfig | AnyDecoderConfig | AnyUpsamplerConfig] = {}
   shares = {}
-  if config.prior is not None:
+  if isinstance(config.prior, ArPriorConfig):
+    _check_ar_prior(config.prior)
+  elif config.prior is not None:
     _check_prior(config.prior)
     stages['prior'] = config.prior
+  if config.prior is not None:
     shares['prior.text_drop'] = config.prior.text_drop
   if config.decoder is not None:
     stages['decoder'] = config.decoder
@@ -128,6 +132,30 @@ def _check_prior(prior: PriorConfig) -> None:
     raise UnclipError('prior.diffusion.learned_variance is true: the prior predicts no variance')
 
 
+def _check_ar_prior(prior: ArPriorConfig) -> None:
+  _check_heads('prior', prior.width, prior.num_heads)
+  if prior.text is not None:
+    _check_heads('prior.text', prior.text.width, prior.text.num_heads)
+  if not 1 <= prior.num_components <= prior.embed_dim:
+    raise UnclipError(
+      f'prior.num_components is {prior.num_components}: take 1 to prior.embed_dim, '
+      f'{prior.embed_dim}'
+    )
+  if prior.num_buckets < 2:
+    raise UnclipError(f'prior.num_buckets is {prior.num_buckets}: take 2 or more')
+  sampling = prior.sampling
+  if not 0 < sampling.temperature < math.inf:
+    raise UnclipError(f'prior.sampling.temperature is {sampling.temperature:g}: take more than 0')
+  if not 0 < sampling.dot_share <= 1:
+    raise UnclipError(
+      f'prior.sampling.dot_share is {sampling.dot_share:g}: take more than 0, and at most 1'
+    )
+  if not 0 <= sampling.guidance_scale < math.inf:
+    raise UnclipError(
+      f'prior.sampling.guidance_scale is {sampling.guidance_scale:g}: take 0 or more'
+    )
+
+
 def _check_decoder(decoder: DecoderConfig) -> None:
   for name in ('z_i_noise', 'draft_size'):
     if not 0 <= getattr(decoder, name) < math.inf:
@@ -171,14 +199,13 @@ def _check_stages_meet(config: UnclipConfig) -> None:
   if prior is not None:
     if text is None:
       raise UnclipError('there is a prior, but no clip.text that reads captions for it')
-    meet += [
-      ('clip.embed_dim', clip.embed_dim, 'prior.embed_dim', prior.embed_dim),
-      ('clip.text.width', text.width, 'prior.text_width', prior.text_width),
-      (
-        'clip.text.context_length', text.context_length,
-        'prior.context_length', prior.context_length,
-      ),
-    ]  # fmt: skip
+    meet.append(('clip.embed_dim', clip.embed_dim, 'prior.embed_dim', prior.embed_dim))
+    if (own_text := getattr(prior, 'text', None)) is None:
+      meet.append(('clip.text.width', text.width, 'prior.text_width', prior.text_width))
+    else:
+      meet += _same_tokens('prior.text', text, own_text)
+    length = prior.context_length
+    meet.append(('clip.text.context_length', text.context_length, 'prior.context_length', length))
   if decoder is not None and not isinstance(decoder, GlideDecoderConfig):
     if clip is None:
       raise UnclipError('there is a decoder of z_i, but no clip that knows them')
@@ -190,9 +217,7 @@ def _check_stages_meet(config: UnclipConfig) -> None:
       width = decoder.clip_text_width
       meet.append(('clip.text.width', text.width, 'decoder.clip_text_width', width))
     else:
-      for field in ('context_length', 'vocab_size'):
-        names = f'clip.text.{field}', f'decoder.text.{field}'
-        meet.append((names[0], getattr(text, field), names[1], getattr(decoder.text, field)))
+      meet += _same_tokens('decoder.text', text, decoder.text)
   if decoder is not None:
     meet += _decoder_text_meets(config)
     if painter is not None:
@@ -206,6 +231,14 @@ def _check_stages_meet(config: UnclipConfig) -> None:
   for name, value, other_name, other in meet:
     if value != other:
       raise UnclipError(f'{name} is {value}, but {other_name} is {other}: they must be equal')
+
+
+def _same_tokens(name: str, clip: TextConfig, own: TextConfig) -> list[tuple[str, int, str, int]]:
+  """What a text Transformer that reads the captions of CLIP has as CLIP has it."""
+  return [
+    (f'clip.text.{field}', getattr(clip, field), f'{name}.{field}', getattr(own, field))
+    for field in ('context_length', 'vocab_size')
+  ]
 
 
 def _decoder_text_meets(config: UnclipConfig) -> list[tuple[str, int, str, int | None]]:

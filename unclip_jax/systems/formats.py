@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 
 from unclip_jax.config_json import from_json
-from unclip_jax.configs import UnclipConfig, XlmRobertaConfig
+from unclip_jax.configs import ArPriorConfig, UnclipConfig, XlmRobertaConfig
 from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.data.vocabulary import Vocabulary
 from unclip_jax.systems import clip_formats, glide_format, karlo_format, pipelines
@@ -159,8 +159,9 @@ def _checked_eps_power(folder: epath.Path, config: UnclipConfig) -> Mapping[str,
 
 
 def diffusion_stages(config: UnclipConfig) -> dict[str, Any]:
-  """The configs of the stages that are sampled, by their names, in their order."""
-  stages = {'prior': config.prior, 'decoder': config.decoder}
+  """The configs of the stages that are sampled by denoising, by their names, in their order."""
+  prior = None if isinstance(config.prior, ArPriorConfig) else config.prior
+  stages = {'prior': prior, 'decoder': config.decoder}
   stages |= {f'upsampler_{i}': stage for i, stage in enumerate(config.upsamplers)}
   return {name: stage for name, stage in stages.items() if stage is not None}
 

@@ -13,6 +13,7 @@ from etils import epath
 from flax.errors import FlaxError
 
 from unclip_jax.configs import (
+  ArPriorConfig,
   GlideDecoderConfig,
   GlideUpsamplerConfig,
   StableUnclipDecoderConfig,
@@ -20,6 +21,7 @@ from unclip_jax.configs import (
 )
 from unclip_jax.sharding import Mesh, make_mesh, param_shardings, shard_params
 from unclip_jax.stages import (
+  ar_prior,
   autoencoder,
   clip,
   decoder,
@@ -91,7 +93,11 @@ def expected_params(config: UnclipConfig, dtype: Any = jnp.float32) -> dict[str,
   stages: dict[str, Params] = {}
   if config.clip is not None:
     stages['clip'] = shapes(clip.init, config.clip)
-  if config.prior is not None:
+  if isinstance(config.prior, ArPriorConfig):
+    network = shapes(ar_prior.init, config.prior)
+    quantiser = ar_prior.quantiser_shapes(config.prior)._asdict()
+    stages['prior'] = {'network': network, 'quantiser': quantiser}
+  elif config.prior is not None:
     network = shapes(diffusion_prior.init, config.prior)
     stages['prior'] = {'network': network, 'statistics': statistics(config.prior.embed_dim)}
   if config.decoder_text is not None:

@@ -9,6 +9,7 @@ import numpy as np
 from unclip_jax.configs import (
   AnyDecoderConfig,
   AnyUpsamplerConfig,
+  ArPriorConfig,
   GlideUpsamplerConfig,
   KandinskyDecoderConfig,
   UnclipConfig,
@@ -194,8 +195,10 @@ class _Run:
     self._finish('clip', (text, null_text, null_z_i))
     return text, null_text, null_z_i
 
-  def sample_prior(self, text: TextFeatures, null_text: TextFeatures) -> tuple[Sampled, Array]:
-    """z_i of the captions, and the noise that they began from."""
+  def sample_prior(
+    self, text: TextFeatures, null_text: TextFeatures
+  ) -> tuple[Sampled, Array | None]:
+    """z_i of the captions, and the noise that they began from, if from any."""
     self.report('prior', 'preparing')
     scale = self.request.prior.guidance_scale
     drawn, x_start = self._prior(programs.PRIOR, text, null_text, scale, self.request.noise.prior)
@@ -308,10 +311,14 @@ class _Run:
     null_text: TextFeatures,
     guidance_scale: Any,
     noise: Any,
-  ) -> tuple[Sampled, Array]:
+  ) -> tuple[Sampled, Array | None]:
     config, settings = self.config.prior, self.request.prior
     keys = self.run(programs.stage_keys, self.key_b, stage=stage)
     keys = self.run(programs.candidate_keys, keys, num_candidates=self.request.num_candidates)
+    if isinstance(config, ArPriorConfig):
+      params, program = self.params['prior'], programs.sample_ar_prior
+      args = (params, text, null_text, keys, guidance_scale)
+      return self.run(program, *args, config=config, dtype=self.dtype), None
     x_start = self._start(keys, (config.embed_dim,), noise)
     drawn = self.run(
       programs.sample_prior,

@@ -5,6 +5,7 @@ from types import ModuleType
 from etils import epath
 
 from unclip_jax.configs import (
+  ArPriorConfig,
   GlideDecoderConfig,
   KandinskyDecoderConfig,
   StableUnclipDecoderConfig,
@@ -74,6 +75,8 @@ def family_of(config: UnclipConfig) -> ModuleType:
   Raises:
     UnclipError: diffusers has none such.
   """
+  if isinstance(config.prior, ArPriorConfig):
+    raise UnclipError('diffusers has no autoregressive prior: write it as unclip or orbax')
   match config.decoder:
     case KandinskyDecoderConfig():
       return kandinsky

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from unclip_jax.configs import (
   AnyDecoderConfig,
   AnyUpsamplerConfig,
+  ArPriorConfig,
   AutoencoderConfig,
   ClipConfig,
   GlideDecoderConfig,
@@ -29,6 +30,7 @@ from unclip_jax.diffusion.guidance import Guidance
 from unclip_jax.diffusion.samplers import Trajectory, start_noise
 from unclip_jax.nn.clip import TextFeatures
 from unclip_jax.stages import (
+  ar_prior,
   autoencoder,
   clip,
   common,
@@ -70,11 +72,11 @@ class Prompt(NamedTuple):
 
 
 class Sampled(NamedTuple):
-  """What a diffusion stage drew.
+  """What a stage drew.
 
   Attributes:
     x_0: float32 [b, ...], the sample: z_i [b, d], or images [b, h, w, 3] around [-1, 1].
-    trajectory: x_s and x_0 after each step, [n, b, ...], if wanted; of the prior
+    trajectory: x_s and x_0 after each step, [n, b, ...], if wanted; of the diffusion prior
       [n, b, candidates, d], standardised.
   """
 
@@ -241,6 +243,34 @@ def sample_prior(
     z_i = diffusion_prior.rerank(z_i.reshape(b, n, d), text.z_t)
   trajectory = jax.tree.map(lambda x: x.reshape(x.shape[0], b, n, d), trajectory)
   return Sampled(z_i, trajectory)
+
+
+@functools.partial(jax.jit, static_argnames=('config', 'dtype'))
+def sample_ar_prior(
+  params: Params,
+  text: TextFeatures,
+  null_text: TextFeatures,
+  key_bn: Array,
+  guidance_scale: Array | None,
+  *,
+  config: ArPriorConfig,
+  dtype: Any,
+) -> Sampled:
+  """As `sample_prior`, by the autoregressive prior."""
+  b, n = key_bn.shape
+  with _precision(dtype):
+    z_i = ar_prior.sample(
+      config,
+      params['network'],
+      ar_prior.Quantiser(**params['quantiser']),
+      text,
+      null_text,
+      key_bn.reshape(b * n),
+      guidance_scale,
+      dtype,
+      num_candidates=n,
+    )
+    return Sampled(diffusion_prior.rerank(z_i.reshape(b, n, -1), text.z_t), None)
 
 
 @functools.partial(

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from unclip_jax.configs import (
+  ArPriorConfig,
   GlideDecoderConfig,
   KandinskyDecoderConfig,
   StableUnclipDecoderConfig,
   UnclipConfig,
 )
 from unclip_jax.data.tokenizer import Tokenizer, Tokens
-from unclip_jax.systems import settings
+from unclip_jax.systems import ar_settings, settings
 from unclip_jax.systems.given import as_array, given_array
 from unclip_jax.systems.pipeline import image_shape
 from unclip_jax.systems.samples import Request, StartNoise
@@ -239,7 +240,9 @@ def _resolve(
     return settings.resolve(name, stage.diffusion, stage.sampling, sampling, power)
 
   prior = None
-  if config.prior is not None:
+  if isinstance(config.prior, ArPriorConfig):
+    prior = ar_settings.resolve('prior', config.prior.sampling, asked.prior)
+  elif config.prior is not None:
     prior = resolve('prior', config.prior, asked.prior)
   decoder = resolve('decoder', config.decoder, asked.decoder)
   ups = enumerate(config.upsamplers)
@@ -291,7 +294,10 @@ def _given_noise(
     raise UnclipError('start_noise must be a StartNoise, with a tuple for the upsamplers')
   ups = (*noise.upsamplers, *[None] * num_upsamplers)[:num_upsamplers]
   prior = None
-  if config.prior is not None:
+  if isinstance(config.prior, ArPriorConfig):
+    if noise.prior is not None:
+      raise UnclipError('start_noise.prior: an autoregressive prior begins from none: leave it out')
+  elif config.prior is not None:
     shape = (num_candidates, config.prior.embed_dim)
     prior = given_array('start_noise.prior', noise.prior, n, shape)
   return StartNoise(

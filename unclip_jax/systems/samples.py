@@ -8,6 +8,7 @@ import numpy as np
 
 from unclip_jax.data.tokenizer import Tokens
 from unclip_jax.diffusion.samplers import Trajectory
+from unclip_jax.systems.ar_settings import ArSettings
 from unclip_jax.systems.settings import StageSettings
 from unclip_jax.types import Array, UnclipError
 
@@ -31,7 +32,7 @@ class StartNoise(NamedTuple):
   """The noise that each stage begins from, unit normal.
 
   Attributes:
-    prior: [n, num_candidates, embed_dim].
+    prior: [n, num_candidates, embed_dim]; None of an autoregressive one, which has none.
     decoder: [n, size, size, 3]; of latents [n, size, size, channels].
     upsamplers: for each [n, size, size, 3].
   """
@@ -42,7 +43,10 @@ class StartNoise(NamedTuple):
 
 
 class Trajectories(NamedTuple):
-  """What each stage's loop went through; arrays [num_steps, n, ...]. The prior may not have run."""
+  """What each stage's loop went through; arrays [num_steps, n, ...].
+
+  The prior may not have run, or be autoregressive.
+  """
 
   prior: Trajectory | None
   decoder: Trajectory
@@ -127,7 +131,7 @@ class Request(NamedTuple):
   seed: np.ndarray
   indices: np.ndarray
   num_candidates: int
-  prior: StageSettings | None
+  prior: StageSettings | ArSettings | None
   decoder: StageSettings
   upsamplers: tuple[StageSettings, ...]
   z_t: np.ndarray | None

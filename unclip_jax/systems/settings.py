@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from unclip_jax.configs import DiffusionConfig, SamplingConfig, UnclipConfig
+from unclip_jax.configs import ArSamplingConfig, DiffusionConfig, SamplingConfig, UnclipConfig
 from unclip_jax.diffusion.guidance import Guidance
 from unclip_jax.diffusion.schedule import FAST27_STEPS, with_eps_power
 from unclip_jax.stages import common
@@ -97,8 +97,11 @@ def check_words(name: str, asked: Sampling) -> None:
       raise UnclipError(f'{name}: there is no {what} {word!r}: take {common.listed(known)}')
 
 
-def describe(default: SamplingConfig, asked: Sampling) -> dict[str, Any]:
+def describe(default: SamplingConfig | ArSamplingConfig, asked: Sampling) -> dict[str, Any]:
   """The settings that have an effect, ready for json.dumps."""
+  if isinstance(default, ArSamplingConfig):
+    scale = {} if asked.guidance_scale is None else {'guidance_scale': asked.guidance_scale}
+    return dataclasses.asdict(default) | scale
   used = dataclasses.asdict(merge(default, asked))
   if used['sampler'] != 'ddpm':
     del used['variance']
@@ -114,9 +117,11 @@ def describe(default: SamplingConfig, asked: Sampling) -> dict[str, Any]:
   return used
 
 
-def summary(sampling: SamplingConfig) -> str:
+def summary(sampling: SamplingConfig | ArSamplingConfig) -> str:
   """The settings in a few words."""
   guidance = f', guidance {sampling.guidance_scale:g}' if sampling.guidance_scale != 1 else ''
+  if isinstance(sampling, ArSamplingConfig):
+    return f'autoregressive{guidance}'
   return f'{sampling.sampler}, {sampling.num_steps} steps{guidance}'
 
 
