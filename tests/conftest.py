@@ -4,7 +4,6 @@ That warnings are errors is set in pyproject.toml, where pytest reads it before 
 """
 
 import gc
-import os
 import shutil
 import tempfile
 
@@ -17,11 +16,12 @@ jax.config.update('jax_default_matmul_precision', 'highest')
 
 
 def pytest_configure(config: pytest.Config) -> None:
-  """Programs are compiled once for all tests of a process, and of those that it starts."""
+  """Programs are compiled once for all tests of a process.
+
+  Those that it starts have none of it: one that is killed may leave half of a program.
+  """
   folder = tempfile.mkdtemp(prefix='unclip_jax_programs_')
   config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
-  os.environ['JAX_COMPILATION_CACHE_DIR'] = folder
-  os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
   jax.config.update('jax_compilation_cache_dir', folder)
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
 
@@ -29,6 +29,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(scope='module', autouse=True)
 def _programs_are_dropped():
   """A process may map some 65,000 pieces of memory; each program takes a handful, and stays."""
+  jax.config.update('jax_enable_compilation_cache', True)  # which --no-cache turns off for good
   yield
   jax.clear_caches()
   gc.collect()

@@ -72,6 +72,7 @@ def cache(tmp_path):
   """A cache of programs with nothing in it."""
   before = jax.config.jax_compilation_cache_dir
   compilation_cache.reset_cache()
+  jax.config.update('jax_enable_compilation_cache', True)
   jax.config.update('jax_compilation_cache_dir', str(tmp_path / 'cache'))
   yield
   jax.config.update('jax_compilation_cache_dir', before)

@@ -249,5 +249,5 @@ def test_bad_arguments():
     schedule.with_eps_power(plan, np.ones(500))
   with pytest.raises(UnclipError, match=r'0\.\.1'):
     schedule.with_eps_power(plan, np.full(1000, 1.2))
-  with pytest.raises(UnclipError, match='more than the 1000'):
+  with pytest.raises(UnclipError, match='take at most 1000'):
     schedule.log_snr_timesteps(SCHEDULE, 1001)
