@@ -104,7 +104,7 @@ def test_the_distance_is_none_for_the_real_pictures():
     (['--samplers', 'euler'], 'euler'),
     (['--spacings', 'fast27', '--steps', '4'], 'fast27 has 27 steps'),
     (['--steps', '0'], 'steps'),
-    (['--steps', str(T + 1)], f'more than the {T}'),
+    (['--steps', str(T + 1)], f'at most {T}'),
     (['--samplers', 'analytic', '--steps', '2'], 'analytic needs statistics'),
   ],
 )
