@@ -16,7 +16,8 @@ much memory.
 The JSON has, with seconds as {median, least, most, values}:
   about       date, model, dtype, steps, samplers, guided (stages), rounds, platform, device,
               num_devices, machine, threads, load (of the machine, before), versions; peer (name,
-              versions, device, threads, attention)
+              versions, device, threads, attention); resumed (stages that an earlier run measured,
+              with its date)
   peaks       flops_per_second (of a large matrix product), bytes_per_second (of a large copy, read
               and written), skinny_bytes_per_second (weights of a product of skinny_rows rows)
   stages      a list, of each stage, number of devices and batch size:
@@ -127,6 +128,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
   parser.add_argument('--stages', nargs='+', default=[])
   parser.add_argument('--rounds', type=int, default=3)
   parser.add_argument('--json')
+  parser.add_argument(
+    '--resume', action='store_true', help='do not measure again what --json holds of a run like it'
+  )
   parser.add_argument('--plot')
   parser.add_argument('--profile', metavar='FOLDER')
   return parser.parse_args(arguments)
@@ -147,7 +151,7 @@ def main(arguments: list[str] | None = None) -> None:
   )
   try:
     with plain_warnings(), memory_errors():
-      outputs = Outputs.checked(args.json, args.plot, args.profile)
+      outputs = Outputs.checked(args.json, args.plot, args.profile, args.resume)
       peer = make_peer(args.peer, args.compile, args.threads)
       run(make_subject(args), options, outputs, peer)
   except UnclipError as error:

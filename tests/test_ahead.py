@@ -20,6 +20,13 @@ SETTINGS = (
   *('--prior-guidance', '2', '--prior-guidance-interval', '0.3', '1'),
   *('--decoder-guidance', '1', '--size', '16'),
 )
+# The command, with kernels laid out by columns though they are small.
+BY_COLUMNS = """
+from unclip_jax.systems import by_columns
+by_columns.MIN_SIZE = 256
+from unclip_jax.cli import main
+main()
+"""
 
 
 def run(folder, devices, *args):
@@ -31,7 +38,7 @@ def run(folder, devices, *args):
   }
   if devices > 1:
     args += ('--devices', str(devices), '--model-devices', '2')
-  command = [sys.executable, '-m', 'unclip_jax', *args]
+  command = [sys.executable, '-c', BY_COLUMNS, *args]
   done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
   return done, {path.name for path in (folder / 'cache').glob('*-cache')}
 

@@ -234,6 +234,33 @@ def test_a_cache_that_cannot_be_made_is_done_without(tmp_path):
   assert line.startswith('unclip-jax: warning: no compiled programs are kept')
 
 
+def test_a_program_of_the_cache_that_is_cut_short_is_made_again(tmp_path):
+  code = """
+import jax
+from unclip_jax import terminal
+terminal.use_cache(True)
+with terminal.plain_warnings():
+  print(jax.jit(lambda x: x + 1)(2.0))
+"""
+  env = os.environ | {'PYTHONPATH': str(ROOT), 'XDG_CACHE_HOME': str(tmp_path)}
+  env.pop('JAX_COMPILATION_CACHE_DIR', None)
+
+  def run() -> list[str]:
+    done = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True)
+    assert done.stdout == '3.0\n', done.stderr
+    return done.stderr.splitlines()
+
+  assert run() == []
+  programs = sorted((tmp_path / 'unclip_jax').glob('jit__lambda*-cache'))
+  whole = {path: path.read_bytes() for path in programs}
+  for path in programs:
+    cut(path, len(whole[path]) // 2)
+  (line,) = run()
+  assert line.startswith('unclip-jax: warning: a compiled program in the cache was damaged')
+  assert programs and all(len(path.read_bytes()) > len(whole[path]) // 2 for path in programs)
+  assert run() == []
+
+
 # --- Models.
 
 

@@ -1,5 +1,6 @@
 """What a benchmark measures, says and refuses; no assertion on how long anything takes."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -19,6 +20,7 @@ from unclip_jax.measure import peaks, report, timing
 from unclip_jax.presets import preset
 from unclip_jax.systems import bench, bench_figures, bench_subject, stage_calls
 from unclip_jax.systems.loading import expected_params
+from unclip_jax.types import UnclipError
 from unclip_jax.weights.safetensors import named_leaves
 
 ROOT = Path(__file__).parent.parent
@@ -320,6 +322,38 @@ def test_a_peer_without_its_packages_names_the_extra(monkeypatch):
   monkeypatch.delitem(sys.modules, 'experiments.karlo_peer', raising=False)
   with pytest.raises(SystemExit, match=r"accelerate: pip install 'unclip-jax\[parity\]'"):
     bench_sampling.main(['--preset', 'tiny', '--peer', 'diffusers'])
+
+
+def test_a_run_that_was_stopped_takes_over_what_was_measured(results, monkeypatch):
+  options = bench_subject.Options(
+    batch_sizes=(2,), steps=(4, 3, 2), guided=True, rounds=2, stages=('clip', 'prior')
+  )
+  subject = bench_subject.of_preset('tiny', CONFIG)
+  measured = []
+
+  def stage(bench, name):
+    measured.append(name)
+    return [{**results['stages'][1], 'stage': name}]
+
+  monkeypatch.setattr(bench._Bench, 'stage', stage)
+  before = {**results, 'stages': results['stages'][:1]}
+  again = bench.measure(subject, options, before=before)
+  assert measured == ['prior']
+  assert [entry['stage'] for entry in again['stages']] == ['clip', 'prior']
+  assert again['stages'][0]['seconds'] == results['stages'][0]['seconds']
+  assert again['about']['resumed'] == {'clip': results['about']['date']}
+  assert f'before    clip {results["about"]["date"]}' in report.to_text(again)
+  other = dataclasses.replace(options, rounds=3)
+  with pytest.raises(UnclipError, match='had rounds 2, this one has 3'):
+    bench.measure(subject, other, before=before)
+
+
+def test_what_cannot_be_continued_is_said(tmp_path):
+  with pytest.raises(SystemExit, match='name it'):
+    bench_sampling.main(['--preset', 'tiny', '--resume'])
+  (tmp_path / 'a.json').write_text('[]')
+  with pytest.raises(SystemExit, match='holds no figures'):
+    bench_sampling.main(['--preset', 'tiny', '--resume', '--json', str(tmp_path / 'a.json')])
 
 
 @pytest.mark.parametrize('size', ['0', '-1'])

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,17 +14,24 @@ import jax
 
 from unclip_jax.types import UnclipError
 
+# JAX's warning of a program that it cannot read back.
+_DAMAGED = 'Error reading persistent compilation cache entry'
+
 
 @contextlib.contextmanager
 def plain_warnings(most: float = math.inf) -> Iterator[None]:
   """Shows the package's warnings to people: a line each, without a place in the code.
 
-  Beyond the first `most` they are only counted.
+  Beyond the first `most` they are only counted. A compiled program on disk that is cut short, as a
+  process was killed while it wrote it, is dropped: it is compiled and kept again.
   """
   count = 0
 
   def show(message: Warning | str, *_: object) -> None:
     nonlocal count
+    if str(message).startswith(_DAMAGED):
+      _drop_damaged(Path(jax.config.jax_compilation_cache_dir))
+      message = 'a compiled program in the cache was damaged, and is made again'
     count += 1
     if count <= most:
       print(f'unclip-jax: warning: {message}', file=sys.stderr)
@@ -99,6 +107,15 @@ def use_cache(wanted: bool) -> None:
   # Small programs add up: without these only what took a second to compile would be kept.
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
   jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+
+
+def _drop_damaged(folder: Path) -> None:
+  """Removes programs that were cut short, which JAX would never write again."""
+  for path in folder.glob('*-cache'):
+    try:
+      zlib.decompress(path.read_bytes())
+    except zlib.error:  # or another compression, which cannot be told from damage
+      path.unlink(missing_ok=True)
 
 
 def cache_folder() -> Path:

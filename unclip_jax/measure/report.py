@@ -129,6 +129,8 @@ def _head(about: Mapping[str, Any], peaks: Mapping[str, Any]) -> str:
     f'{peaks["bytes_per_second"] / 1e9:.3g} GB/s, a product of {peaks["skinny_rows"]} rows '
     f'{peaks["skinny_bytes_per_second"] / 1e9:.3g} GB/s of weights',
   ]
+  if resumed := about.get('resumed'):
+    lines.append(f'before    {", ".join(f"{stage} {date}" for stage, date in resumed.items())}')
   if about['load'] is not None and about['load'] > _LOAD:
     lines.append(
       f'BUSY      the load was {about["load"]:.1f} before: figures are those of a busy machine, '

@@ -20,6 +20,7 @@ import numpy as np
 
 from unclip_jax.configs import ArPriorConfig
 from unclip_jax.diffusion import guidance
+from unclip_jax.nn import columns
 from unclip_jax.nn.ar_prior import ArPriorNetwork, make_room
 from unclip_jax.nn.clip import TextFeatures
 from unclip_jax.nn.layers import l2_normalize
@@ -208,7 +209,7 @@ def sample(
 
   Args:
     config: the prior's.
-    params: the network's.
+    params: the network's; kernels may be by columns (`nn.columns`).
     quantiser: of the training set.
     text: features of b captions.
     null_text: features [b] of what guidance leads away from: empty or negative captions.
@@ -217,24 +218,28 @@ def sample(
     dtype: the network's.
     num_candidates: n.
   """
-  network, variables = ArPriorNetwork(config, dtype), {'params': params}
+  network = ArPriorNetwork(config, dtype)
+
+  def apply(*args: Any, method: str) -> Any:
+    return network.apply({'params': columns.plain(params)}, *args, method=method)
+
   guided, k = guidance_scale is not None, config.num_components
   pair = guidance.interleave(text, null_text) if guided else text
-  prefix = network.apply(variables, pair, method='encode_prefix')
+  prefix = apply(pair, method='encode_prefix')
   room = make_room(for_candidates(prefix, text.ids.shape[0], num_candidates), k)
   dot = draw_dot(quantiser, config.sampling.dot_share, key_b)
   if guided:
     dot = guidance.interleave(dot, jnp.full_like(dot, config.num_buckets))
-  x_start = network.apply(variables, dot, method='embed_dot')
+  x_start = apply(dot, method='embed_dot')
 
   def draw_next(carry: tuple[Array, Any], index: Array) -> tuple[tuple[Array, Any], Array]:
     x, caches = carry
-    logits, caches = network.apply(variables, x, index, Prefix(caches, room.mask), method='step')
+    logits, caches = apply(x, index, Prefix(caches, room.mask), method='step')
     if guided:
       logits = guidance.guide(logits, guidance_scale)
     token = _draw(key_b, 1 + index, logits / config.sampling.temperature)
     both = guidance.interleave(token, token) if guided else token
-    return (network.apply(variables, both, method='embed_bucket'), caches), token
+    return (apply(both, method='embed_bucket'), caches), token
 
   _, tokens_kb = jax.lax.scan(draw_next, (x_start, room.caches), jnp.arange(k))
   z_i = dequantise(quantiser, config.num_buckets, tokens_kb.T)

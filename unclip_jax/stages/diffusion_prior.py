@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from unclip_jax.configs import PriorConfig
 from unclip_jax.diffusion import guidance, losses, samplers
 from unclip_jax.diffusion.guidance import Guidance
+from unclip_jax.nn import columns
 from unclip_jax.nn.clip import TextFeatures
 from unclip_jax.nn.layers import l2_normalize
 from unclip_jax.nn.prior import PriorNetwork
@@ -141,7 +142,7 @@ def sample(
 
   Args:
     config: the prior's.
-    params: the network's.
+    params: the network's; kernels may be by columns (`nn.columns`).
     statistics: of the embeddings.
     text: features of b captions.
     null_text: features [b] of what guidance leads away from: empty or negative captions.
@@ -156,13 +157,17 @@ def sample(
   """
   if x_start is None:
     x_start = samplers.start_noise(key_b, (config.embed_dim,))
-  network, variables = PriorNetwork(config, dtype), {'params': params}
+  network = PriorNetwork(config, dtype)
+
+  def apply(*args: Any, method: str | None = None) -> Any:
+    return network.apply({'params': columns.plain(params)}, *args, method=method)
+
   pair = text if guidance_scale is None else guidance.interleave(text, null_text)
-  prefix = network.apply(variables, pair, method='encode_prefix')
+  prefix = apply(pair, method='encode_prefix')
   prefix = for_candidates(prefix, text.ids.shape[0], num_candidates)
-  time_embs = network.apply(variables, plan.t, method='encode_time')
+  time_embs = apply(plan.t, method='encode_time')
   denoise_fn = make_denoise_fn(
-    lambda x, emb, given: network.apply(variables, x, emb, given),
+    apply,
     prefix,
     time_embs,
     config.diffusion,

@@ -11,7 +11,7 @@ import jax
 
 from unclip_jax.configs import UnclipConfig
 from unclip_jax.sharding import Mesh, batch_sharding, param_shardings
-from unclip_jax.systems import pipeline, requests
+from unclip_jax.systems import by_columns, pipeline, requests
 from unclip_jax.systems.loading import expected_params
 from unclip_jax.systems.samples import OF_ROWS, Request
 
@@ -67,6 +67,8 @@ def compile_stages(
     params = jax.tree.map(describe, params, param_shardings(params, mesh))
     spread = batch_sharding(mesh)
     rows = jax.tree.map(lambda leaf: describe(leaf, spread), rows)
+  elif 'prior' in params:
+    params['prior'] = by_columns.lay_out(params['prior'])
   prepared: dict[str, Prepared] = {}
   results: dict[Any, Any] = {}
   stage, hits = requests.stages(config, request)[0], []

@@ -20,7 +20,7 @@ from unclip_jax.measure.peaks import measure_peaks
 from unclip_jax.measure.timing import Spread, alternate, peak_memory, ratios, seconds, spread
 from unclip_jax.sharding import Mesh, make_mesh, replicated
 from unclip_jax.systems import bench_figures as figures
-from unclip_jax.systems import pipeline, requests, settings
+from unclip_jax.systems import by_columns, pipeline, requests, settings
 from unclip_jax.systems.bench_subject import Options, Subject, make_request
 from unclip_jax.systems.samples import Request
 from unclip_jax.systems.stage_calls import Call, record
@@ -89,6 +89,7 @@ def measure(
   peer: Peer | None = None,
   tell: Callable[[str], None] = lambda line: None,
   save: Callable[[dict[str, Any]], None] = lambda results: None,
+  before: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
   """Measures, and gives all figures as what JSON can hold.
 
@@ -98,12 +99,13 @@ def measure(
     peer: what it is held against, on one device.
     tell: told of what comes next.
     save: given what there is after each stage: all but the peaks, the shares of them, and sums.
+    before: what an earlier run like this one has saved; its stages are not measured again.
 
   Returns:
     'about', 'peaks', 'stages' and 'end_to_end'; `experiments/bench_sampling.py` lists the fields.
 
   Raises:
-    UnclipError: as `check`.
+    UnclipError: as `check`, or the run before was not like this one.
   """
   wanted = check(subject, options, peer)
   is_guided = make_request(subject, options, 1).prior
@@ -115,13 +117,16 @@ def measure(
   }
   if peer is not None:
     results['about']['peer'] = peer.about()
+  taken = {} if before is None else figures.take_over(before, results['about'], options)
   bench = _Bench(subject, options, peer, tell)
   with _compiling_anew():
     if END_TO_END in wanted:
       results[END_TO_END] = bench.whole()
     jax.clear_caches()
     for stage in wanted:
-      if stage != END_TO_END:
+      if stage in taken:
+        results['stages'] += taken[stage]
+      elif stage != END_TO_END:
         results['stages'] += bench.stage(stage)
         save(results)
   if peer is not None and not options.stages:
@@ -193,7 +198,7 @@ class _Bench:
       self.tell(f'{stage}: the networks of {self.peer.name}')
       twin = self.peer.open(self.subject.config, stage, params, self.options.dtype)
     for devices, mesh in self.places():
-      placed = _placed(params, mesh)
+      placed = by_columns.view(_placed(params, mesh))
       for batch in self.options.batch_sizes:
         self.tell(f'{stage}, {_on(batch, devices)}')
         entry = self.one(stage, placed, batch, devices, mesh, twin if devices == 1 else None)

@@ -20,6 +20,7 @@ from unclip_jax.systems.bench_subject import Options, Subject, make_request
 from unclip_jax.systems.samples import Request
 from unclip_jax.systems.settings import StageSettings
 from unclip_jax.systems.stage_calls import Call
+from unclip_jax.types import UnclipError
 
 
 def plain(values: Spread) -> dict[str, Any]:
@@ -136,6 +137,30 @@ def about(subject: Subject, options: Options) -> dict[str, Any]:
     'rounds': options.rounds,
     **machine(),
   }
+
+
+def take_over(
+  before: Mapping[str, Any], now: dict[str, Any], options: Options
+) -> dict[str, list[dict[str, Any]]]:
+  """The stages of an earlier run that need not be measured again; `now` is told of their dates.
+
+  Raises:
+    UnclipError: that run was of something else, or elsewhere.
+  """
+  then = before.get('about', {})
+  for name in now.keys() - {'date', 'load'}:
+    if then.get(name) != now[name]:
+      raise UnclipError(
+        f'the run before had {name} {then.get(name)}, this one has {now[name]}: measure all anew'
+      )
+  dates, found = then.get('resumed', {}), {}
+  places = {(d, b) for d in options.devices for b in options.batch_sizes}
+  for stage in dict.fromkeys(entry['stage'] for entry in before.get('stages', ())):
+    entries = [entry for entry in before['stages'] if entry['stage'] == stage]
+    if {(entry['devices'], entry['batch_size']) for entry in entries} == places:
+      found[stage] = entries
+      now.setdefault('resumed', {})[stage] = dates.get(stage, then['date'])
+  return found
 
 
 def machine() -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """A benchmark from its options to its text, JSON and plot, for the command and for scripts."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -15,16 +16,23 @@ class Outputs(NamedTuple):
 
   json: Path | None
   plot: Path | None
+  before: dict[str, Any] | None = None  # what the JSON holds, of a run that this one continues
 
   @classmethod
   def checked(
-    cls, json: str | Path | None, plot: str | Path | None, profile: str | Path | None
+    cls,
+    json: str | Path | None,
+    plot: str | Path | None,
+    profile: str | Path | None,
+    resume: bool = False,
   ) -> Self:
     """The files, if they can be written, as can the folder of traces.
 
     Raises:
-      UnclipError: one cannot, or there is nothing to plot with; nothing has been measured yet.
+      UnclipError: one cannot, there is nothing to plot with, or nothing to continue; nothing has
+        been measured yet.
     """
+    before = _read(json) if resume else None
     if plot is not None:
       report.check_can_plot(plot)
     if profile is not None:
@@ -33,7 +41,22 @@ class Outputs(NamedTuple):
       except OSError as error:
         reason = error.strerror
         raise UnclipError(f'{profile} cannot be made ({reason}): take another path') from error
-    return cls(*(None if p is None else report.check_writable(p) for p in (json, plot)))
+    return cls(*(None if p is None else report.check_writable(p) for p in (json, plot)), before)
+
+
+def _read(path: str | Path | None) -> dict[str, Any] | None:
+  """What a run before has written, if there was one."""
+  if path is None:
+    raise UnclipError('--resume continues from the file of --json: name it')
+  try:
+    found = json.loads(Path(path).read_text())
+  except FileNotFoundError:
+    return None
+  except (OSError, ValueError):
+    found = None
+  if not isinstance(found, dict):
+    raise UnclipError(f'{path} holds no figures of a benchmark: take another --json')
+  return found
 
 
 def run(
@@ -50,7 +73,7 @@ def run(
       report.write_json(outputs.json, results)
 
   tell = lambda line: print(line, file=sys.stderr)  # noqa: E731
-  results = bench.measure(subject, options, peer, tell, save)
+  results = bench.measure(subject, options, peer, tell, save, outputs.before)
   print(report.to_text(results))
   save(results)
   if outputs.plot is not None:

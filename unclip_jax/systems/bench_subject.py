@@ -10,7 +10,7 @@ import numpy as np
 from unclip_jax.configs import ArPriorConfig, GlideDecoderConfig, UnclipConfig
 from unclip_jax.data.tokenizer import Tokens
 from unclip_jax.presets import preset
-from unclip_jax.systems import requests
+from unclip_jax.systems import by_columns, requests
 from unclip_jax.systems.requests import Given, Samplings
 from unclip_jax.systems.samples import Request
 from unclip_jax.systems.settings import Sampling
@@ -101,9 +101,12 @@ def of_preset(name: str, config: UnclipConfig | None = None) -> Subject:
     config = dataclasses.replace(config, clip=dataclasses.replace(config.clip, vision=None))
   text = config.clip.text
   words = AnyWords(text.vocab_size, text.context_length)
-  return Subject(
-    f'{name} (random weights)', config, words, None, lambda *of: random_params(config, *of)
-  )
+
+  def read(stage: str, dtype: Any) -> Params:
+    params = random_params(config, stage, dtype)
+    return by_columns.lay_out(params) if stage == 'prior' else params
+
+  return Subject(f'{name} (random weights)', config, words, None, read)
 
 
 def of_model(model: str, dtype: Any, prior: str | None = None) -> Subject:

@@ -21,6 +21,7 @@ from etils import epath
 from jax import export
 
 from unclip_jax.config_json import from_json, to_json
+from unclip_jax.nn import columns
 from unclip_jax.systems import formats, requests, settings
 from unclip_jax.systems.convert import write_ours
 from unclip_jax.systems.fused import Fused
@@ -77,7 +78,8 @@ def write_exported(
   if out.exists() and (not out.is_dir() or any(out.iterdir())):
     raise UnclipError(f'{out} is there already: give the name of a new folder')
   expected, _ = fused.made_for
-  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), dict(fused.params))
+  params = columns.plain(dict(fused.params))
+  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
   lowered = export.export(jax.jit(fused.program), platforms=platforms)(shapes, expected)
   blob = bytes(lowered.serialize())
   description = {
@@ -100,7 +102,7 @@ def write_exported(
   write_ours(
     out,
     fused.config,
-    fused.params,
+    params,
     tokenizers,
     None,
     None,

@@ -17,7 +17,7 @@ import numpy as np
 from unclip_jax.configs import KandinskyDecoderConfig, UnclipConfig
 from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.sharding import Mesh, place_batch, replicated
-from unclip_jax.systems import pipeline, requests, settings
+from unclip_jax.systems import by_columns, pipeline, requests, settings
 from unclip_jax.systems.samples import OF_ROWS, Request, check_finite, of_stages
 from unclip_jax.systems.settings import Sampling
 from unclip_jax.systems.unclip import Unclip
@@ -69,7 +69,7 @@ class Fused:
 
   Attributes:
     config: of the model.
-    params: of its stages.
+    params: of its stages; the prior's kernels may be by columns (`nn.columns`).
     tokenizer: of its captions, None where the decoder alone reads them.
     decoder_tokenizer: of a decoder with a text encoder of its own.
     dtype: what the networks compute in.
@@ -244,7 +244,7 @@ def fuse(
     raise UnclipError(f'this model has no {missing[0]}: take one that has')
   return dataclasses.replace(
     unbound,
-    params={name: model.params[name] for name in names},
+    params={name: by_columns.view(model.params[name]) for name in names},
     program=functools.partial(draw, config=config, how=how, dtype=model.dtype),
   )
 

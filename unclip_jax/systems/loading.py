@@ -30,7 +30,7 @@ from unclip_jax.stages import (
   text_encoder,
   upsampler,
 )
-from unclip_jax.systems import formats
+from unclip_jax.systems import by_columns, formats
 from unclip_jax.systems.adapters import merge_files
 from unclip_jax.systems.offload import Offloaded
 from unclip_jax.types import Array, Params, UnclipError
@@ -183,5 +183,9 @@ def load_parts(
     with jax.default_device(jax.local_devices(backend='cpu')[0]):
       params = merge_files(read_stages(opened, dtype), lora, lora_strength)
     return opened, Offloaded(params, mesh), mesh
-  params = merge_files(read_stages(opened, dtype, mesh=mesh), lora, lora_strength)
-  return opened, params if mesh is None else shard_params(params, mesh), mesh
+  params = dict(merge_files(read_stages(opened, dtype, mesh=mesh), lora, lora_strength))
+  if mesh is not None:
+    return opened, shard_params(params, mesh), mesh
+  if 'prior' in params:
+    params['prior'] = by_columns.lay_out(params.pop('prior'))
+  return opened, params, None

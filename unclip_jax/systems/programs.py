@@ -41,6 +41,7 @@ from unclip_jax.stages import (
   text_encoder,
   upsampler,
 )
+from unclip_jax.systems.by_columns import Program
 from unclip_jax.types import Array, Params, Step
 
 # What a stage folds into an image's key; upsampler i folds UPSAMPLER + i.
@@ -203,6 +204,7 @@ def prepare(image_bhwc: Array, size: int) -> Array:
   return jnp.clip(image_bhwc, -1, 1)
 
 
+@Program
 @functools.partial(
   jax.jit, static_argnames=('config', 'sampler', 'variance', 'with_trajectory', 'dtype')
 )
@@ -245,6 +247,7 @@ def sample_prior(
   return Sampled(z_i, trajectory)
 
 
+@Program
 @functools.partial(jax.jit, static_argnames=('config', 'dtype'))
 def sample_ar_prior(
   params: Params,
