@@ -13,6 +13,8 @@ import pytest
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 # Parity is measured in float32 proper, also on accelerators that would round matrix products.
 jax.config.update('jax_default_matmul_precision', 'highest')
+# Most of a test's time is compiling: without LLVM's passes for fast code it is two thirds of that.
+jax.config.update('jax_disable_most_optimizations', True)
 
 
 def pytest_configure(config: pytest.Config) -> None:
