@@ -170,7 +170,7 @@ def place_whole(tree: Any, mesh: Mesh) -> Any:
 
 
 def fetch(tree: Any) -> Any:
-  """Whole numpy arrays of what lies in parts on the devices; of all processes, which all call it."""
+  """Whole numpy arrays of what lies on the devices, if in parts; several processes all call it."""
 
   def whole(leaf: Array) -> np.ndarray:
     if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):

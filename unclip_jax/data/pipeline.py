@@ -270,9 +270,7 @@ def _belong_to_parent(index: int, count: int) -> None:
 class _Batches:
   """The batches of one process from one of them on, with random access."""
 
-  def __init__(
-    self, rows: Rows, config: PipelineConfig, batch_rows: list[int], first: int
-  ) -> None:
+  def __init__(self, rows: Rows, config: PipelineConfig, batch_rows: list[int], first: int) -> None:
     self._rows, self._config, self._first = rows, config, first
     self._batch_rows = batch_rows
     order = grain.MapDataset.range(len(rows))
