@@ -159,6 +159,11 @@ def state_shardings(state: Any, mesh: Mesh, fsdp: bool = False) -> Any:
   return jax.tree_util.tree_map_with_path(place, state)
 
 
+def make_state(make: Callable[[], Any], mesh: Mesh, fsdp: bool = False) -> Any:
+  """A state whose arrays are made where `state_shardings` says: no device has to hold all of it."""
+  return jax.jit(make, out_shardings=state_shardings(jax.eval_shape(make), mesh, fsdp))()
+
+
 def place_state(state: Any, mesh: Mesh, fsdp: bool = False) -> Any:
   """Puts a state where `state_shardings` says; of several processes, each has all of it."""
   return _place(state, state_shardings(state, mesh, fsdp), mesh)

@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
   mesh = common.make_mesh(train)
   tokenizer = train.tokenizer
   key_init, key_run = jax.random.split(jax.random.key(train.seed))
-  params = ar_prior.init(config, key_init)
+  params = sharding.make_state(lambda: ar_prior.init(config, key_init), mesh, train.fsdp)
   if starts_from_its_like(train):
     params = origin.start_from(train, params, 'prior', 'network')
   if train.embeddings is not None:

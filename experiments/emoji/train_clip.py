@@ -173,7 +173,8 @@ def main(
   train_step = common.make_step(train, None, optimizer, make_grad(train))
   updates = common.make_updates(train, train_step, make_batch)
   key_init, key_run = jax.random.split(jax.random.key(train.seed))
-  params = origin.start_from(train, clip.init(train.config.clip, key_init), 'clip')
+  params = sharding.make_state(lambda: clip.init(train.config.clip, key_init), mesh, train.fsdp)
+  params = origin.start_from(train, params, 'clip')
   state = sharding.place_state(init_state(params, optimizer), mesh, train.fsdp)
   folder = train.run / 'clip'
   save_options(train, folder)

@@ -98,8 +98,8 @@ def main(argv: list[str] | None = None) -> None:
   mesh = common.make_mesh(train)
   tokenizer = train.tokenizer
   key_init, key_draft, key_run = jax.random.split(jax.random.key(train.seed), 3)
-  params = origin.start_from(train, decoder.init(config, key_init), 'decoder')
-  params = sharding.place_state(params, mesh, train.fsdp)
+  params = sharding.make_state(lambda: decoder.init(config, key_init), mesh, train.fsdp)
+  params = sharding.place_state(origin.start_from(train, params, 'decoder'), mesh, train.fsdp)
   tuning = begin_tuning(train, 'decoder', params, key_init)
 
   data, held_out = load_data(train, mesh)

@@ -45,7 +45,8 @@ def main(argv: list[str] | None = None) -> None:
   mesh = common.make_mesh(train)
   tokenizer = train.tokenizer
   key_init, key_run = jax.random.split(jax.random.key(train.seed))
-  params = origin.start_from(train, diffusion_prior.init(config, key_init), 'prior', 'network')
+  params = sharding.make_state(lambda: diffusion_prior.init(config, key_init), mesh, train.fsdp)
+  params = origin.start_from(train, params, 'prior', 'network')
   params = sharding.place_state(params, mesh, train.fsdp)
   tuning = begin_tuning(train, 'prior', params, key_init)
   if train.embeddings is not None:

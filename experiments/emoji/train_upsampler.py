@@ -136,10 +136,8 @@ def main(argv: list[str] | None = None) -> None:
     return upsampler.sample(shown, params, common.to_float(low), key_b, plan, sampler)[0]
 
   key_init, key_run = jax.random.split(jax.random.key(train.seed))
-  state = init_state(
-    origin.start_from(train, upsampler.init(config, key_init), name),
-    optimizer,
-  )
+  params = sharding.make_state(lambda: upsampler.init(config, key_init), mesh, train.fsdp)
+  state = init_state(origin.start_from(train, params, name), optimizer)
   state = sharding.place_state(state, mesh, train.fsdp)
   folder = train.run / name
   save_options(train, folder)
