@@ -77,7 +77,7 @@ def one_of_two(number, address, folder):
   made = make_state(draw, mesh, fsdp=True)
   assert len(made['w'].addressable_data(0)) == 16 // 4
   again = place_state(made, mesh)
-  jax.tree.map(np.testing.assert_array_equal, fetch(made), again)
+  jax.tree.map(np.testing.assert_array_equal, fetch(made), fetch(again))
   assert place_whole(np.arange(3), mesh).is_fully_replicated
   # One of them says so, then none does.
   said = [processes.any_process(number == '1'), processes.any_process(False)]
