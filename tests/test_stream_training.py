@@ -120,7 +120,9 @@ def test_an_upsampler_learns_from_pictures_of_a_folder(degradation, tmp_path):
 
 def test_a_decoder_learns_from_what_clip_sees_of_them(shards, whole, tmp_path):
   arguments = [f'--run={whole}', f'--shards={shards}', *SHORT, '--draft-steps=0']
-  train_decoder.main([*arguments, '--set=decoder.image_size=8', '--set=decoder.draft_size=0'])
+  small = ['--set=decoder.image_size=8', '--set=decoder.draft_size=0']
+  small += ['--set=decoder.unet.multipliers=[1]', '--set=decoder.unet.attention_levels=[0]']
+  train_decoder.main([*arguments, *small, '--set=decoder.sampling.num_steps=1'])
   assert [*losses(whole, 'decoder')] == [1, 2, 3, 4]
   model = load(whole)
   assert model.vocabulary is None  # it knows no bounds of what they show

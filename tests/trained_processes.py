@@ -19,6 +19,10 @@ SHORT = [
   '--save-every=2',
   '--batch-size=8',
   '--fsdp',
+  '--set=clip.text.depth=1',
+  '--set=clip.vision.depth=1',
+  '--set=upsamplers.0.unet.multipliers=[1]',
+  '--set=upsamplers.0.sampling.num_steps=1',
 ]
 EMOJI = ['--styles=flat', '--groups=food-drink', '--pool-size=16']
 
@@ -39,8 +43,7 @@ def train_stages(run, shards, *of_this_process):
 
 def train_until_killed(run, *of_this_process):
   """An upsampler on emoji, through the script's own end."""
-  endless = ['--steps=100000', '--set=upsamplers.0.unet.num_res_blocks=1']
-  arguments = [f'--run={run}', *SHORT, *EMOJI, *endless, *of_this_process]
+  arguments = [f'--run={run}', *SHORT, *EMOJI, '--steps=100000', *of_this_process]
   common.run(lambda: train_upsampler.main(arguments))
 
 
