@@ -10,8 +10,10 @@ from processes import environment, free_address, start_function
 from trained_processes import SHORT, by_hand, losses, train_stages
 
 from experiments.emoji import train_clip, train_decoder, train_upsampler
+from experiments.emoji.options import parse_options
 from unclip_jax.systems.unclip import load
 from unclip_jax.train.log import RunLog
+from unclip_jax.train.state import OptimizerConfig
 from unclip_jax.types import UnclipError
 from unclip_jax.weights.folder import read_manifest
 
@@ -134,7 +136,6 @@ def test_a_decoder_learns_from_what_clip_sees_of_them(shards, whole, tmp_path):
   [
     (['--styles=flat'], '--styles: it chooses emoji'),
     (['--workers=-1'], '--workers -1: take 0 or more'),
-    (['--init=default', '--tokenizer=clip'], '--tokenizer: --init default has its own'),
   ],
 )
 def test_what_makes_no_sense_with_pictures_is_named(arguments, message, shards, tmp_path):
@@ -146,3 +147,15 @@ def test_a_source_that_is_too_small_is_named(tmp_path):
   write_shard(tmp_path / '0.tar', 0, 5)
   with pytest.raises(UnclipError, match=r'5 examples, of which 5 are held out: take more'):
     train_clip.main([f'--run={tmp_path / "run"}', f'--shards={tmp_path / "0.tar"}', *SHORT])
+
+
+def test_a_model_keeps_its_tokenizer_and_a_preset_takes_another(tmp_path):
+  def parse(*options):
+    return parse_options([f'--run={tmp_path}', *options], '', OptimizerConfig(), 1, 1)
+
+  with pytest.raises(UnclipError, match='--tokenizer: --init default has its own'):
+    parse('--init=default', '--tokenizer=clip')
+  train = parse('--preset=tiny', '--tokenizer=clip')
+  assert train.tokenizer.vocab_size == train.config.clip.text.vocab_size == 49408
+  train.tokenizer.save(tmp_path / 'tokenizer.json')
+  assert parse('--preset=tiny').tokenizer.vocab_size == 49408  # the run's own
