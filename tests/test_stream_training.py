@@ -50,7 +50,7 @@ def whole(shards, tmp_path_factory) -> Path:
 
 
 def test_two_processes_train_as_one(shards, whole, tmp_path):
-  address, env = free_address(), environment(tmp_path / 'cache')
+  address, env = free_address(), environment(tmp_path / 'cache', level=0)
   started = [
     start_function(train_stages, tmp_path, shards, *by_hand(number, address), env=env)
     for number in (0, 1)

@@ -161,6 +161,8 @@ def state_shardings(state: Any, mesh: Mesh, fsdp: bool = False) -> Any:
 
 def make_state(make: Callable[[], Any], mesh: Mesh, fsdp: bool = False) -> Any:
   """A state whose arrays are made where `state_shardings` says: no device has to hold all of it."""
+  if mesh.size == 1:  # it has to, and one program of so many draws takes long to compile
+    return place_state(make(), mesh)
   return jax.jit(make, out_shardings=state_shardings(jax.eval_shape(make), mesh, fsdp))()
 
 

@@ -12,7 +12,7 @@ SECONDS = 10
 
 @pytest.mark.parametrize(('killed', 'named'), [(1, 'task:1'), (0, 'leader')])
 def test_the_rest_stop_and_say_which_has_died(killed, named, tmp_path):
-  address, env = free_address(), environment(tmp_path / 'cache')
+  address, env = free_address(), environment(tmp_path / 'cache', level=0)
   heartbeat = f'--heartbeat-seconds={SECONDS}'
   started = [
     start_function(train_until_killed, tmp_path, heartbeat, *by_hand(number, address), env=env)
