@@ -6,7 +6,7 @@ The processes import this module, which must not wake JAX: they have to find eac
 import csv
 from pathlib import Path
 
-from experiments.emoji import common, train_clip, train_upsampler
+from experiments.emoji import common, train_clip
 from unclip_jax import processes, sharding
 
 # With Adam's own eps a gradient of nothing but rounding errors would move its parameter as others.
@@ -27,24 +27,25 @@ SHORT = [
 EMOJI = ['--styles=flat', '--groups=food-drink', '--pool-size=16']
 
 
-def train_stages(run, shards, *of_this_process):
-  """CLIP on shards of pictures and an upsampler on emoji, by one process or as one of several."""
+def train_twice(run, shards, *of_this_process):
+  """CLIP on shards of pictures and on emoji, by one process or as one of several."""
   sharding.FSDP_MIN_SIZE, train_clip.NUM_RETRIEVAL = 64, 5  # nothing is large here
-  clip = [f'--run={run}', f'--shards={shards}', *SHORT, *of_this_process]
-  common.run(lambda: train_clip.main(clip))
+  on_shards = [f'--run={run}', f'--shards={shards}', *SHORT, *of_this_process]
+  common.run(lambda: train_clip.main(on_shards))
   if of_this_process:
     found = processes.Processes(int(of_this_process[-1].partition('=')[2]), 2)
     processes.start_processes = lambda *_: found  # a script is a process of its own elsewhere
-  upsampler = [f'--run={run}', *SHORT, *EMOJI, *of_this_process]
-  common.run(lambda: train_upsampler.main(upsampler))
+  on_emoji = [f'--run={run}/emoji', *SHORT, *EMOJI, *of_this_process]
+  common.run(lambda: train_clip.main(on_emoji))
   if of_this_process:
     processes.wait_for_processes()
 
 
 def train_until_killed(run, *of_this_process):
-  """An upsampler on emoji, through the script's own end."""
+  """CLIP on emoji, through the script's own end."""
+  train_clip.NUM_RETRIEVAL = 5
   arguments = [f'--run={run}', *SHORT, *EMOJI, '--steps=100000', *of_this_process]
-  common.run(lambda: train_upsampler.main(arguments))
+  common.run(lambda: train_clip.main(arguments))
 
 
 def by_hand(number: int, address: str) -> list[str]:

@@ -18,7 +18,7 @@ def test_the_rest_stop_and_say_which_has_died(killed, named, tmp_path):
     start_function(train_until_killed, tmp_path, heartbeat, *by_hand(number, address), env=env)
     for number in (0, 1)
   ]
-  checkpoints = tmp_path / 'upsampler_0' / 'checkpoints'
+  checkpoints = tmp_path / 'clip' / 'checkpoints'
   while not (checkpoints / '4').exists():
     assert all(process.poll() is None for process in started)
     time.sleep(0.05)
@@ -29,4 +29,4 @@ def test_the_rest_stop_and_say_which_has_died(killed, named, tmp_path):
   assert rest.returncode not in (0, None)
   assert f'ends the others within about {SECONDS} s and says which' in said
   assert named in said.partition('JAX distributed service detected fatal errors')[2], said
-  assert max(losses(tmp_path, 'upsampler_0')) >= 4
+  assert max(losses(tmp_path, 'clip')) >= 4
