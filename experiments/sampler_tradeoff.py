@@ -32,7 +32,7 @@ from etils import epath
 import unclip_jax
 from experiments.emoji import bench, common, held_out
 from experiments.emoji.compose import load_sprites
-from experiments.emoji.options import Parser
+from experiments.emoji.parser import Parser
 from experiments.emoji.samplers import (
   SAMPLERS,
   SHOWN,

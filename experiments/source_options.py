@@ -1,15 +1,18 @@
 """The options that name a source of captioned pictures, shared by the scripts that read one."""
 
 import argparse
+from typing import Any
 
 from unclip_jax.data.examples import Source
 from unclip_jax.data.folder_source import PictureFolder
 from unclip_jax.data.shards import TarShards
 from unclip_jax.data.sources import TfdsExamples
 
+_NAMES = ('shards', 'folder', 'tfds', 'index_folder', 'split', 'image_feature', 'caption_feature')
 
-def add_source_options(parser: argparse.ArgumentParser) -> None:
-  what = parser.add_mutually_exclusive_group(required=True)
+
+def add_source_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
+  what = parser.add_mutually_exclusive_group(required=required)
   what.add_argument(
     '--shards',
     nargs='+',
@@ -22,6 +25,12 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--split', default='train', help='of --tfds')
   parser.add_argument('--image-feature', default='image', help='of --tfds')
   parser.add_argument('--caption-feature', default='caption', help='of --tfds: captions/text, ...')
+
+
+def pop_source(options: dict[str, Any]) -> argparse.Namespace | None:
+  """Takes the options of `add_source_options` out of others; None where they name no source."""
+  source = argparse.Namespace(**{name: options.pop(name) for name in _NAMES})
+  return source if source.shards or source.folder or source.tfds else None
 
 
 def open_source(args: argparse.Namespace) -> Source:

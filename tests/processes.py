@@ -21,13 +21,17 @@ def free_address() -> str:
     return f'127.0.0.1:{listener.getsockname()[1]}'
 
 
-def environment(cache: Path, num_devices: int = 1, **more: str) -> dict[str, str]:
-  """Of a process with so many virtual devices, which keeps its programs in `cache`."""
+def environment(cache: Path, num_devices: int = 1, level: int = 3, **more: str) -> dict[str, str]:
+  """Of a process with so many virtual devices, which keeps its programs in `cache`.
+
+  Code of level 0 is compiled sooner.
+  """
+  flags = f'--xla_force_host_platform_device_count={num_devices}'
   return os.environ | {
     'PYTHONPATH': str(ROOT),
     'JAX_PLATFORMS': 'cpu',
     'JAX_COMPILATION_CACHE_DIR': str(cache),
-    'XLA_FLAGS': f'--xla_force_host_platform_device_count={num_devices}',
+    'XLA_FLAGS': f'{flags} --xla_backend_optimization_level={level}',
     **more,
   }
 

@@ -9,7 +9,7 @@ from tiny_model import CONFIG as MODEL
 from tiny_model import write_tiny_model
 from tiny_stages import normal
 
-from experiments.emoji import common, train_clip, train_decoder, train_prior
+from experiments.emoji import common, origin, train_clip, train_decoder, train_prior
 from experiments.emoji.options import parse_options
 from unclip_jax.config_json import override
 from unclip_jax.configs import ClipConfig, ResNetConfig
@@ -113,7 +113,7 @@ def test_a_fine_tune_drops_captions_as_often_as_it_is_asked_to(tmp_path):
     arguments = [*options, '--text-drop=0.2']
     train = parse_options(arguments, '', OptimizerConfig(), 1, 4, drops_text=stage)
     assert train.config == override(MODEL, [f'{stage}.text_drop=0.2'])
-    common.begin(train, stage)
+    origin.begin(train, stage)
     common.export_stage(train, stage, load(base).params[stage])
     expected.append(f'{stage}.text_drop=0.2')
     assert load(run).config == override(MODEL, expected)

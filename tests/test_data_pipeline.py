@@ -113,8 +113,8 @@ def test_each_epoch_has_every_example_once_in_an_order_of_its_own():
 @pytest.mark.parametrize('count', [2, 4])
 def test_processes_share_the_global_batches(rows, expected, count):
   shares = []
-  for index in range(count):
-    with Pipeline(rows, CONFIG, process_index=index, process_count=count) as pipeline:
+  for batch_rows in np.split(np.arange(8), count):
+    with Pipeline(rows, CONFIG, batch_rows=batch_rows) as pipeline:
       shares.append(take(pipeline, 7))
   for batch, parts in zip(expected, zip(*shares, strict=True), strict=True):
     joined = {name: np.concatenate([part[name] for part in parts]) for name in batch}
@@ -147,8 +147,9 @@ def test_it_continues_at_the_exact_example(rows, expected, stop):
 
 
 def test_another_number_of_processes_continues(rows, expected):
-  with Pipeline(rows, CONFIG, process_index=1, process_count=2) as pipeline:
-    take(pipeline, 3)
+  with Pipeline(rows, CONFIG, batch_rows=[1, 4]) as pipeline:
+    for batch, whole in zip(take(pipeline, 3), expected, strict=False):
+      np.testing.assert_array_equal(batch['image'], whole['image'][[1, 4]])
     state = pipeline.get_state()
   with Pipeline(rows, CONFIG) as pipeline:
     pipeline.set_state(state)
@@ -270,8 +271,8 @@ def test_a_broken_example_comes_through_a_pickle():
 @pytest.mark.parametrize(
   ('options', 'message'),
   [
-    ({'process_index': 2, 'process_count': 2}, 'process 2 of 2: number the processes from 0'),
-    ({'process_count': 3}, 'a batch of 8 cannot be shared by 3 processes: take a multiple of 3'),
+    ({'batch_rows': [0, 8]}, '2 rows of a batch of 8: take one or more of 0 to 7'),
+    ({'batch_rows': []}, '0 rows of a batch of 8'),
     ({'num_workers': -1}, '-1 workers'),
     ({'read_ahead': 0}, '0 batches ahead'),
   ],

@@ -166,7 +166,7 @@ def test_a_pipeline_reads_them(whole):
   for batch in batches:
     places = [columns['caption'].index(caption) for caption in batch['caption']]
     np.testing.assert_array_equal(batch['z_i'], columns['z_i'][places])
-  with Pipeline(rows, config, process_index=1, process_count=2) as pipeline:
+  with Pipeline(rows, config, batch_rows=[3, 4, 5]) as pipeline:
     np.testing.assert_array_equal(next(pipeline)['z_i'], batches[0]['z_i'][3:])
 
 

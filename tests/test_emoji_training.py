@@ -19,6 +19,7 @@ from safetensors.flax import load_file
 from experiments.emoji import (
   common,
   evaluate,
+  origin,
   report,
   sweep,
   train_clip,
@@ -135,7 +136,7 @@ def test_a_stage_starts_from_the_weights_that_a_model_has(whole, tmp_path):
     arguments = [] if init is None else [f'--init={init}']
     options = [f'--run={tmp_path}', *arguments, *TINY]
     train = parse_options(options, '', OptimizerConfig(), 4, 4)
-    return common.start_from(train, params, 'prior', 'network')
+    return origin.start_from(train, params, 'prior', 'network')
 
   theirs = load(whole).params['prior']['network']
   fresh = {**jax.tree.map(np.zeros_like, theirs), 'new': {'kernel': np.full(3, 7.0)}}
@@ -148,7 +149,7 @@ def test_a_stage_starts_from_the_weights_that_a_model_has(whole, tmp_path):
   with pytest.raises(UnclipError, match='it has no upsampler_1, only'):
     options = [f'--run={tmp_path}', f'--init={whole}', *TINY]
     train = parse_options(options, '', OptimizerConfig(), 4, 4)
-    common.start_from(train, fresh, 'upsampler_1')
+    origin.start_from(train, fresh, 'upsampler_1')
   with pytest.raises(UnclipError, match='nowhere'):
     start(fresh, init='nowhere')
 

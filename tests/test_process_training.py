@@ -14,9 +14,12 @@ from processes import environment, free_address, start_function
 from unclip_jax import processes, sharding
 from unclip_jax.sharding import (
   constrain_state,
+  fetch,
   make_mesh,
+  make_state,
   place_rows,
   place_state,
+  place_whole,
   process_rows,
 )
 from unclip_jax.train.state import (
@@ -59,14 +62,26 @@ def train_on_rows(mesh):
   return losses, state, seen
 
 
+def draw():
+  return {'w': jax.random.normal(jax.random.key(3), (16, 16))}
+
+
 def one_of_two(number, address, folder):
   sharding.FSDP_MIN_SIZE = 64  # nothing is large here
   processes.start_processes(address, 2, int(number))
-  losses, state, seen = train_on_rows(make_mesh(all_processes=True))
+  mesh = make_mesh(all_processes=True)
+  losses, state, seen = train_on_rows(mesh)
   assert not state.params['w'].is_fully_addressable
   with Checkpoints(folder) as checkpoints:
     checkpoints.save(NUM_STEPS, state)
-  print(json.dumps([losses, seen]))
+  made = make_state(draw, mesh, fsdp=True)
+  assert len(made['w'].addressable_data(0)) == 16 // 4
+  again = place_state(made, mesh)
+  jax.tree.map(np.testing.assert_array_equal, fetch(made), fetch(again))
+  assert place_whole(np.arange(3), mesh).is_fully_replicated
+  # One of them says so, then none does.
+  said = [processes.any_process(number == '1'), processes.any_process(False)]
+  print(json.dumps([losses, seen, fetch(made)['w'].tolist(), said]))
   processes.wait_for_processes()
 
 
@@ -77,11 +92,13 @@ def test_two_processes_train_as_one_and_each_reads_its_own_rows(tmp_path):
   ]
   said = [process.communicate() for process in started]
   assert [process.returncode for process in started] == [0, 0], said
-  (losses, seen), (others_losses, others_seen) = (
+  (losses, seen, made, asked), (others_losses, others_seen, *others) = (
     json.loads(out.splitlines()[-1]) for out, _ in said
   )
   wanted_losses, wanted, all_rows = train_on_rows(make_mesh(1))
-  assert losses == others_losses
+  assert losses == others_losses and [made, asked] == others
+  np.testing.assert_allclose(made, draw()['w'], atol=1e-6)
+  assert asked == [True, False]
   np.testing.assert_allclose(losses, wanted_losses, rtol=1e-5)
   assert [a + b for a, b in zip(seen, others_seen, strict=True)] == all_rows
   with Checkpoints(tmp_path / 'run') as checkpoints:

@@ -3,10 +3,11 @@
 import jax
 import pytest
 
+from experiments.emoji.options import parse_options
 from unclip_jax.presets import PAPER as NETWORKS
 from unclip_jax.train.presets import PAPER, paper_recipe
 from unclip_jax.train.sam import make_sam_grad
-from unclip_jax.train.state import make_learning_rate, make_optimizer
+from unclip_jax.train.state import OptimizerConfig, make_learning_rate, make_optimizer
 from unclip_jax.types import UnclipError
 
 # Ramesh et al. 2022, Table 3, read by columns: AR prior, diffusion prior, 64, 64 -> 256,
@@ -104,3 +105,35 @@ def test_every_recipe_makes_an_optimizer_and_sam():
 def test_a_stage_that_the_paper_has_not_is_named():
   with pytest.raises(UnclipError, match=r"trains no 'autoencoder': take one of clip, ar_prior"):
     paper_recipe('autoencoder')
+
+
+@pytest.mark.parametrize('stage', ['clip', 'ar_prior', 'prior', 'decoder', 'upsampler_0'])
+def test_a_script_takes_its_recipe_for_defaults(stage, tmp_path):
+  recipe = PAPER[stage]
+
+  def parse(*options):
+    arguments = [f'--run={tmp_path}', '--recipe=paper', *options]
+    name = stage.removesuffix('_0')
+    has_contrast = stage == 'clip'
+    return parse_options(
+      arguments, '', OptimizerConfig(), 1, 1, has_contrast=has_contrast, recipe=name
+    )
+
+  train = parse()
+  found = train.optimizer, train.batch_size, train.steps, train.ema_decay, train.sam_rho
+  assert found == (
+    recipe.optimizer,
+    recipe.batch_size,
+    recipe.num_steps,
+    recipe.ema_decay,
+    recipe.sam_rho,
+  )
+  assert train.steps % train.chunk == 0
+  less = parse('--batch-size=64', '--set=optimizer.b2=0.5')
+  assert (less.batch_size, less.optimizer.b2, less.steps) == (64, 0.5, recipe.num_steps)
+  assert less.optimizer.learning_rate == recipe.optimizer.learning_rate
+
+
+def test_a_script_without_a_recipe_says_so(tmp_path):
+  with pytest.raises(UnclipError, match='the paper trains no such stage'):
+    parse_options([f'--run={tmp_path}', '--recipe=paper'], '', OptimizerConfig(), 1, 1)

@@ -9,7 +9,14 @@ import pytest
 from tiny_decoders import STABLE
 from tiny_model import CONFIG, make_params, write_tiny_model
 
-from experiments.emoji import common, train_clip, train_decoder, train_prior, train_upsampler
+from experiments.emoji import (
+  common,
+  origin,
+  train_clip,
+  train_decoder,
+  train_prior,
+  train_upsampler,
+)
 from experiments.emoji.options import parse_options
 from experiments.emoji.tuning import begin_tuning
 from unclip_jax.config_json import override, to_json
@@ -117,13 +124,13 @@ def test_training_goes_on_from_adapters_that_were_saved(base, tuned, tmp_path):
 def test_a_fine_tune_takes_config_tokenizer_and_statistics_of_its_model(base, tmp_path):
   train = options(base, tmp_path / 'run', '--set=prior.text_drop=0.25')
   assert train.fine_tunes and train.config == override(CONFIG, ['prior.text_drop=0.25'])
-  common.begin(train, 'prior')
+  origin.begin(train, 'prior')
   z_i = np.random.default_rng(0).normal(size=(8, CONFIG.prior.embed_dim)).astype('f')
   for run, is_kept in ((tmp_path / 'run', True), (tmp_path / 'other', False)):
     if not is_kept:  # of another CLIP the embeddings mean something else
       params = jax.tree.map(lambda x: 2 * x, make_params()['clip'])
       write_model(run, to_json(CONFIG), {'clip': params}, base / 'tokenizer.json')
-    statistics = common.prior_statistics(options(base, run), z_i)
+    statistics = origin.prior_statistics(options(base, run), z_i)
     expected = make_params()['prior']['statistics']['std'] if is_kept else z_i.std(axis=0)
     np.testing.assert_allclose(statistics.std, expected, rtol=1e-5)
 
@@ -166,7 +173,7 @@ def test_adapters_of_something_else_are_refused(base, tuned, tmp_path):
 
   def begin(*arguments, run=tmp_path / 'run'):
     train = options(base, run, *arguments)
-    common.begin(train, 'prior')
+    origin.begin(train, 'prior')
     return begin_tuning(train, 'prior', PRIOR, jax.random.key(0))
 
   assert begin('--lora=2').trained.keys() == init_lora(PRIOR, 2, jax.random.key(0)).keys()
@@ -191,7 +198,7 @@ def test_a_stage_of_another_kind_is_not_trained(base, tmp_path):
   )
   config = dataclasses.replace(CONFIG, upsamplers=(glide,))
   with pytest.raises(UnclipError, match='its upsampler_0 is of another kind'):
-    common.begin(dataclasses.replace(train, config=config), 'upsampler_0')
+    origin.begin(dataclasses.replace(train, config=config), 'upsampler_0')
 
 
 def test_a_model_that_lacks_what_training_needs_is_named(base, tmp_path):

@@ -1,20 +1,30 @@
 """Several processes that share one job, each with devices of its own, through `jax.distributed`.
 
 Sampling needs nothing of the other processes: they meet as they start, which tells each its number,
-and once their shares are done.
+and once their shares are done. Training runs one program on the devices of all: as one process
+ends, the others cannot go on.
 """
 
-from typing import NamedTuple
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import NamedTuple, NoReturn
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from unclip_jax.types import UnclipError
 
 START_SECONDS = 300  # JAX's own; what a scheduler may start the last process after the first
 # JAX's own. As one process dies the others are ended after as long, and not left to wait for it.
 HEARTBEAT_SECONDS = 100
+_LEAST_HEARTBEAT_SECONDS = 5  # with less, a busy machine looks like a dead one
 # A process that is done waits for the others, however much more they have to do.
 _END_SECONDS = 10**7
+_POLL_SECONDS = 0.2
+_SLACK_SECONDS = 20
 
 
 class Processes(NamedTuple):
@@ -30,7 +40,10 @@ class Processes(NamedTuple):
 
 
 def start_processes(
-  coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
+  coordinator: str | None = None,
+  num_processes: int | None = None,
+  process_id: int | None = None,
+  heartbeat_seconds: int | None = None,
 ) -> Processes:
   """Waits for all processes of a job; before JAX is asked for a device.
 
@@ -41,6 +54,8 @@ def start_processes(
     coordinator: HOST:PORT of process 0, where they meet.
     num_processes: how many there are.
     process_id: of this one, from 0.
+    heartbeat_seconds: after so long without a sign of a process JAX ends the others, and names it;
+      None is HEARTBEAT_SECONDS.
 
   Raises:
     UnclipError: there is no launcher that JAX knows, or the arguments do not go together.
@@ -50,6 +65,13 @@ def start_processes(
     raise UnclipError('the coordinator, the number of processes and the id go together: give all')
   if coordinator is not None:
     _check_by_hand(coordinator, num_processes, process_id)
+  if heartbeat_seconds is None:
+    heartbeat_seconds = HEARTBEAT_SECONDS
+  if not _LEAST_HEARTBEAT_SECONDS <= heartbeat_seconds <= HEARTBEAT_SECONDS:
+    raise UnclipError(
+      f'{heartbeat_seconds} seconds without a sign of a process: take '
+      f'{_LEAST_HEARTBEAT_SECONDS} to {HEARTBEAT_SECONDS}'
+    )
   # It would keep SIGTERM to itself; what a process has drawn is complete at any time.
   jax.config.update('jax_enable_preemption_service', False)
   try:
@@ -58,7 +80,7 @@ def start_processes(
       num_processes,
       process_id,
       initialization_timeout=START_SECONDS,
-      heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+      heartbeat_timeout_seconds=heartbeat_seconds,
       shutdown_timeout_seconds=_END_SECONDS,
     )
   except (OSError, RuntimeError, ValueError) as error:
@@ -78,6 +100,42 @@ def start_processes(
 def wait_for_processes() -> None:
   """Returns once all processes have called it, or come to their end."""
   jax.distributed.shutdown()
+
+
+def any_process(said: bool) -> bool:
+  """Whether any process says so; all of them have to ask, and get the same answer."""
+  if jax.process_count() == 1:
+    return said
+  return bool(multihost_utils.process_allgather(np.asarray(said)).any())
+
+
+def wait_until(is_done: Callable[[], bool]) -> None:
+  """Returns once what another process does is done, such as a file on a disk that all share."""
+  while not is_done():
+    time.sleep(_POLL_SECONDS)
+
+
+def end_all(said: str) -> NoReturn:
+  """Ends this process with a line and status 1, and so the others of its job.
+
+  Without a goodbye: that would wait for the others, which wait for this one in a program. JAX ends
+  them as there is no sign of it any more.
+  """
+  if not jax.distributed.is_initialized():
+    sys.exit(said)
+  print(f'process {jax.process_index()} ends: {said}', file=sys.stderr, flush=True)
+  os._exit(1)
+
+
+def end_with_others(said: str) -> NoReturn:
+  """Ends this process, whose program failed, once JAX has said which other one was gone.
+
+  That ends it as well; where no other one is gone, status 1 follows soon after.
+  """
+  about = f'process {jax.process_index()} waits for JAX to say which other one has died: {said}'
+  print(about, file=sys.stderr, flush=True)
+  time.sleep(HEARTBEAT_SECONDS + _SLACK_SECONDS)
+  end_all(said)
 
 
 def _check_by_hand(coordinator: str, num_processes: int, process_id: int) -> None:

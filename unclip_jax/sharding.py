@@ -159,16 +159,32 @@ def state_shardings(state: Any, mesh: Mesh, fsdp: bool = False) -> Any:
   return jax.tree_util.tree_map_with_path(place, state)
 
 
+def make_state(make: Callable[[], Any], mesh: Mesh, fsdp: bool = False) -> Any:
+  """A state whose arrays are made where `state_shardings` says: no device has to hold all of it."""
+  if mesh.size == 1:  # it has to, and one program of so many draws takes long to compile
+    return place_state(make(), mesh)
+  return jax.jit(make, out_shardings=state_shardings(jax.eval_shape(make), mesh, fsdp))()
+
+
 def place_state(state: Any, mesh: Mesh, fsdp: bool = False) -> Any:
   """Puts a state where `state_shardings` says; of several processes, each has all of it."""
-  shardings = state_shardings(state, mesh, fsdp)
-  if not mesh.is_multi_process:
-    return jax.device_put(state, shardings)
+  return _place(state, state_shardings(state, mesh, fsdp), mesh)
 
-  def place(leaf: Array, sharding: NamedSharding) -> Array:
-    return jax.make_array_from_callback(leaf.shape, sharding, np.asarray(leaf).__getitem__)
 
-  return jax.tree.map(place, state, shardings)
+def place_whole(tree: Any, mesh: Mesh) -> Any:
+  """Puts a whole copy of arrays on each device; of several processes, each has the same arrays."""
+  return _place(tree, jax.tree.map(lambda _: replicated(mesh), tree), mesh)
+
+
+def fetch(tree: Any) -> Any:
+  """Whole numpy arrays of what lies on the devices, if in parts; several processes all call it."""
+
+  def whole(leaf: Array) -> np.ndarray:
+    if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+      leaf = jax.device_put(leaf, replicated(leaf.sharding.mesh))
+    return np.asarray(leaf)
+
+  return jax.tree.map(whole, tree)
 
 
 def constrain_state(state: Any, mesh: Mesh, fsdp: bool = False) -> Any:
@@ -307,6 +323,20 @@ def described_device(topology: str) -> Sharding:
       'topology such as v5e:2x2'
     ) from error
   return SingleDeviceSharding(described.devices[0])
+
+
+def _place(tree: Any, shardings: Any, mesh: Mesh) -> Any:
+  if not mesh.is_multi_process:
+    return jax.device_put(tree, shardings)
+
+  def place(leaf: Array, sharding: NamedSharding) -> Array:
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+      return jax.device_put(leaf, sharding)
+    # `device_put` would send the whole to the others, to compare it with theirs.
+    whole = np.asarray(leaf)
+    return jax.make_array_from_callback(whole.shape, sharding, whole.__getitem__)
+
+  return jax.tree.map(place, tree, shardings)
 
 
 def _check_divides(size: int, mesh: Mesh) -> None:

@@ -13,7 +13,7 @@ import unclip_jax
 from experiments.emoji import held_out, measures
 from experiments.emoji.compose import Sprites, in_domain, load_sprites
 from experiments.emoji.held_out import Gallery
-from experiments.emoji.options import Parser
+from experiments.emoji.parser import Parser
 from unclip_jax import Unclip
 from unclip_jax.evaluate.retrieval import Interval, bootstrap, is_first
 from unclip_jax.systems.loading import find_folder

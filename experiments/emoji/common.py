@@ -1,8 +1,9 @@
-"""What the four training scripts share: the start of a run, the data as arrays, its export."""
+"""What the training scripts share: the data as arrays, the updates, the export, the end."""
 
-import sys
+import functools
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,23 +12,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax.traverse_util import flatten_dict, unflatten_dict
 
 import unclip_jax
 from experiments.emoji.compose import load_sprites
 from experiments.emoji.domain import make_vocabulary
 from experiments.emoji.options import TrainConfig
 from experiments.emoji.pool import Pool, make_pool
-from unclip_jax import config_json, sharding
-from unclip_jax.configs import DecoderConfig, PriorConfig, UnclipConfig, UpsamplerConfig
+from unclip_jax import config_json, processes, sharding
 from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.data.vocabulary import Vocabulary
 from unclip_jax.nn.clip import TextFeatures
 from unclip_jax.stages import clip
-from unclip_jax.stages.diffusion_prior import Statistics, fit_statistics
-from unclip_jax.systems.convert import convert
-from unclip_jax.systems.formats import Model, open_model, read_vocabulary
-from unclip_jax.systems.loading import find_folder, read_stages
+from unclip_jax.systems.formats import open_model, read_vocabulary
+from unclip_jax.systems.loading import find_folder
 from unclip_jax.train.state import (
   GradFn,
   LossFn,
@@ -48,121 +45,13 @@ from unclip_jax.weights.folder import (
 )
 
 
-def begin(
-  train: TrainConfig, stage: str, kinds: Any = PriorConfig | DecoderConfig | UpsamplerConfig
-) -> None:
-  """Makes the folder of a new fine-tune a copy of the model of `--init`.
-
-  The stages that are not trained stay as they are, so that the run is a whole model at once.
-
-  Args:
-    train: the options.
-    stage: what is trained.
-    kinds: of configs that can be.
-
-  Raises:
-    UnclipError: the model has no such stage, one of another kind, or no image tower to learn it by.
-  """
-  stages = {'prior': train.config.prior, 'decoder': train.config.decoder}
-  stages |= {f'upsampler_{i}': config for i, config in enumerate(train.config.upsamplers)}
-  if stages.get(stage) is None:
-    raise UnclipError(f'--init {train.init}: it has no {stage}')
-  if not isinstance(stages[stage], kinds):
-    model = 'the preset' if train.init is None else f'--init {train.init}'
-    raise UnclipError(
-      f'{model}: its {stage} is of another kind than the {stage} that is trained here'
-    )
-  if train.config.clip.vision is None and not stage.startswith('upsampler'):
-    raise UnclipError(
-      f'--init {train.init}: it came without the image tower of its CLIP, whose embeddings the '
-      f'{stage} is trained on: take a model that has both, such as the original release of Karlo'
-    )
-  if train.fine_tunes and not (train.run / MANIFEST_NAME).exists():
-    convert(train.init, train.run, 'unclip')
-
-
-def start_from(train: TrainConfig, params: Params, *path: str) -> Params:
-  """Fresh parameters, or in a new run those of `--init` where that model has them.
-
-  A prior and a decoder only mean something together with the CLIP that they were trained with.
-  Adapters need the parameters of `--init` in a run that continues as well, and all of them.
-
-  Args:
-    train: the options.
-    params: fresh ones of a stage.
-    path: where they lie in a model, such as 'prior', 'network'; first the stage.
-
-  Raises:
-    UnclipError: there is no such model, it has no such stage, or a weight of it has another shape.
-  """
-  continues = any((train.run / path[0] / 'checkpoints').glob('[0-9]*'))
-  if train.init is None or (continues and not train.trains_adapters):
-    return params
-  given: Any = read_init(train, path[0])
-  for name in path[1:]:
-    given = given[name]
-  fresh, given = flatten_dict(params, sep='.'), flatten_dict(given, sep='.')
-  for name in fresh.keys() & given.keys():
-    if fresh[name].shape != given[name].shape:
-      raise UnclipError(
-        f'--init {train.init}: {".".join(path)}.{name} is {given[name].shape} there, and '
-        f'{fresh[name].shape} here'
-      )
-  if train.trains_adapters and (missing := sorted(fresh.keys() - given.keys())):
-    raise UnclipError(
-      f'--init {train.init}: it has no {".".join(path)}.{missing[0]}, which no adapter would '
-      'learn: leave out the --set that asks for it'
-    )
-  return unflatten_dict(fresh | {k: v for k, v in given.items() if k in fresh}, sep='.')
-
-
-def read_init(train: TrainConfig, stage: str) -> Params:
-  """The parameters of a stage of `--init`, float32.
-
-  Raises:
-    UnclipError: it has no such stage, or cannot be read.
-  """
-  opened = _open_init(train)
-  if stage not in opened.stages:
-    raise UnclipError(f'--init {train.init}: it has no {stage}, only {", ".join(opened.stages)}')
-  return read_stages(opened, jnp.float32, [stage])[stage]
-
-
-def has_clip_of_init(train: TrainConfig) -> bool:
-  """Whether the run's CLIP is that of `--init`, to the bit: embeddings mean the same to both."""
-  if train.init is None or 'clip' not in _open_init(train).stages:
-    return False
-  theirs = flatten_dict(read_init(train, 'clip'))
-  ours = flatten_dict(load_clip(train))
-  return ours.keys() == theirs.keys() and all(
-    np.array_equal(ours[name], theirs[name]) for name in ours
-  )
-
-
-def config_of_init(train: TrainConfig) -> UnclipConfig | None:
-  """The config of the model of `--init`, without the overrides of the run."""
-  return None if train.init is None else _open_init(train).config
-
-
-def prior_statistics(train: TrainConfig, z_i: Array) -> Statistics:
-  """Those that the prior of `--init` was trained with, where its CLIP is the run's; else of z_i."""
-  if has_clip_of_init(train) and 'prior' in _open_init(train).stages:
-    given = read_init(train, 'prior')['statistics']
-    return Statistics(given['mean'], given['std'])
-  return fit_statistics(z_i)
-
-
-def _open_init(train: TrainConfig) -> Model:
-  return open_model(find_folder(train.init))
-
-
 def make_mesh(train: TrainConfig) -> sharding.Mesh:
   """The mesh of all devices, as the options split them.
 
   Raises:
     UnclipError: the devices do not divide into groups, or a batch not over the groups.
   """
-  mesh = sharding.make_mesh(model_devices=train.model_devices)
+  mesh = sharding.make_mesh(model_devices=train.model_devices, all_processes=train.distributed)
   unit = mesh.shape[sharding.DATA_AXIS] * train.accumulate
   if train.batch_size % unit:
     raise UnclipError(
@@ -195,11 +84,13 @@ def make_updates(
   train_step: TrainStep,
   make_batch: Callable[[Any, Array, Array], Any] = gather,
   frozen: Params | None = None,
-) -> TrainStep:
-  """A function (state, pool, key) -> (state, metrics [chunk]) that makes `train.chunk` updates.
+) -> Callable[[TrainState, Any, Array], tuple[TrainState, Metrics]]:
+  """A function (state, data, key) -> (state, metrics [chunk]) that makes `train.chunk` updates.
 
-  On an accelerator they are one program. On a CPU each is its own. The state stays split over the
-  devices as the options say: place it by `sharding.place_state(state, mesh, train.fsdp)`.
+  The data are a pool of arrays, of which a program draws its batches, or a `Stream` of those of
+  pictures. On an accelerator the updates on a pool are one program, else each is its own. The state
+  stays split over the devices as the options say: place it by `sharding.place_state(state, mesh,
+  train.fsdp)`.
 
   Args:
     train: the options.
@@ -208,7 +99,8 @@ def make_updates(
     frozen: parameters that no update changes. With them the step is given (batch, frozen) as its
       batch: an argument of the program, as constants of it they would be compiled in.
   """
-  on_cpu, mesh = _on_cpu(), make_mesh(train)
+  streams, mesh = train.source is not None, make_mesh(train)
+  at_once = 1 if streams or _on_cpu() else train.chunk
 
   def multi_step(
     state: TrainState, pool: Any, key: Array, frozen: Params | None
@@ -217,17 +109,17 @@ def make_updates(
       state, metrics = train_step(state, batch if frozen is None else (batch, frozen), key)
       return sharding.constrain_state(state, mesh, train.fsdp), metrics
 
-    chunk = 1 if on_cpu else train.chunk
-    return make_multi_step(step, chunk, train.batch_size, make_batch)(state, pool, key)
+    make = (lambda batch, *_: batch) if streams else make_batch
+    return make_multi_step(step, at_once, train.batch_size, make)(state, pool, key)
 
   program = jax.jit(multi_step, donate_argnums=0)
 
-  def updates(state: TrainState, pool: Any, key: Array) -> tuple[TrainState, Metrics]:
-    rows = []
-    for _ in range(train.chunk if on_cpu else 1):
-      state, metrics = program(state, pool, key, frozen)
+  def updates(state: TrainState, data: Any, key: Array) -> tuple[TrainState, Metrics]:
+    first, rows = int(state.step), []
+    for step in range(first, first + train.chunk, at_once):
+      state, metrics = program(state, data.batch(step) if streams else data, key, frozen)
       rows.append(metrics)
-    return state, jax.tree.map(lambda *columns: jnp.concatenate(columns), *rows)
+    return state, jax.tree.map(lambda *columns: np.concatenate(columns), *rows)
 
   return updates
 
@@ -256,8 +148,8 @@ def to_float(image: Array) -> Array:
 
 
 def to_uint8(image: Array) -> np.ndarray:
-  """Float around [-1, 1] -> uint8."""
-  return np.asarray(jnp.round((jnp.clip(image, -1, 1) + 1) * 127.5)).astype(np.uint8)
+  """Float around [-1, 1] -> uint8, of several processes in each of them."""
+  return sharding.fetch(jnp.round((jnp.clip(image, -1, 1) + 1) * 127.5)).astype(np.uint8)
 
 
 def encode_pool(
@@ -273,24 +165,38 @@ def encode_pool(
   result = {'ids': jnp.asarray(tokens.ids), 'mask': jnp.asarray(tokens.mask)}
   if images is None:
     return result
-  config = train.config.clip
-  params = load_clip(train)
+  encode = make_encoder(train)
+  n, b = len(captions), min(512, len(captions))
+  parts = []
+  for start in range(0, n, b):
+    rows = np.minimum(np.arange(start, start + b), n - 1)
+    part = encode(result['ids'][rows], result['mask'][rows], images[rows])
+    parts.append(jax.device_get(part))
+  # The last part was filled up to the one shape that is compiled.
+  features = {name: np.concatenate([part[name] for part in parts])[:n] for name in parts[0]}
+  return {**result, **jax.tree.map(jnp.asarray, features)}
 
-  @jax.jit
+
+def make_encoder(
+  train: TrainConfig, mesh: sharding.Mesh | None = None
+) -> Callable[[Array, Array, Array], dict[str, Array]]:
+  """A function (ids, mask, images uint8) of a batch -> the run's CLIP's states, z_t and z_i.
+
+  Args:
+    train: the options.
+    mesh: over whose devices batches are split; None takes one device.
+  """
+  config, params = train.config.clip, load_clip(train)
+  if mesh is not None:
+    params = sharding.place_whole(params, mesh)
+
+  @functools.partial(jax.jit, out_shardings=mesh and sharding.batch_sharding(mesh))
   def encode(params: Params, ids: Array, mask: Array, image: Array) -> dict[str, Array]:
     text = clip.encode_text(config, params, ids, mask)
     z_i = clip.encode_image(config, params, to_float(image))
     return {'states': text.states.astype(jnp.bfloat16), 'z_t': text.z_t, 'z_i': z_i}
 
-  n, b = len(captions), min(512, len(captions))
-  parts = []
-  for start in range(0, n, b):
-    rows = np.minimum(np.arange(start, start + b), n - 1)
-    part = encode(params, result['ids'][rows], result['mask'][rows], images[rows])
-    parts.append(jax.device_get(part))
-  # The last part was filled up to the one shape that is compiled.
-  features = {name: np.concatenate([part[name] for part in parts])[:n] for name in parts[0]}
-  return {**result, **jax.tree.map(jnp.asarray, features)}
+  return functools.partial(encode, params)
 
 
 def text_features(rows: dict[str, Array]) -> TextFeatures:
@@ -337,10 +243,13 @@ def export_stage(
   Args:
     train: the options.
     name: of the stage.
-    params: its parameters.
+    params: its parameters, wherever they lie: of several processes the first writes them.
     splits: of the pictures that it was trained on.
     dtype: of the matrices.
   """
+  params = sharding.fetch(params)
+  if jax.process_index() > 0:
+    return
   config, stages, vocabulary = config_json.to_json(train.config), (), None
   decoder_tokenizer = None
   if (train.run / MANIFEST_NAME).exists():
@@ -374,24 +283,36 @@ def export_stage(
 
 def _vocabulary(train: TrainConfig, splits: tuple[str, ...]) -> Vocabulary | None:
   """The words of the run's captions; none where they are not emoji's, or all were known before."""
-  knew_all = train.fine_tunes and _open_init(train).vocabulary is None
-  if knew_all or train.embeddings is not None:
+  knew_all = train.fine_tunes and open_model(find_folder(train.init)).vocabulary is None
+  if knew_all or train.embeddings is not None or train.source is not None:
     return None
   domain = (train.styles, train.groups, train.labels, splits)
   return make_vocabulary(load_sprites(train.data), *domain)
 
 
 def run(main: Callable[[], None]) -> None:
-  """Runs a script; a mistake of its user's is one line and status 1."""
+  """Runs a script; a mistake of its user's is one line and status 1.
+
+  Of several processes none is left to wait for one that ended.
+  """
   try:
     main()
   except UnclipError as error:
-    sys.exit(f'error: {error}')
+    processes.end_all(f'error: {error}')
   except OSError as error:
-    sys.exit(f'error: {error.filename or "writing"}: {error.strerror or error}')
+    processes.end_all(f'error: {error.filename or "writing"}: {error.strerror or error}')
+  except Exception as error:
+    if not jax.distributed.is_initialized():
+      raise
+    traceback.print_exc()
+    if isinstance(error, jax.errors.JaxRuntimeError):
+      processes.end_with_others(str(error).splitlines()[0])
+    processes.end_all(type(error).__name__)
 
 
 def deadline(minutes: float | None) -> Callable[[], bool]:
-  """A function that says whether the time is up."""
-  end = None if minutes is None else time.monotonic() + 60 * minutes
-  return lambda: end is not None and time.monotonic() >= end
+  """A function that says whether the time is up, if only in one of several processes."""
+  if minutes is None:
+    return lambda: False
+  end = time.monotonic() + 60 * minutes
+  return lambda: processes.any_process(time.monotonic() >= end)

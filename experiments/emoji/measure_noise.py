@@ -21,7 +21,7 @@ import unclip_jax
 from experiments.emoji import common
 from experiments.emoji.bench import domain_of, read_options
 from experiments.emoji.compose import load_sprites
-from experiments.emoji.options import Parser
+from experiments.emoji.parser import Parser
 from experiments.emoji.pool import Pool, make_pool
 from unclip_jax import Unclip
 from unclip_jax.configs import DecoderConfig, PriorConfig, UpsamplerConfig

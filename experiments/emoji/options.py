@@ -4,26 +4,32 @@ import argparse
 import dataclasses
 import json
 import math
+import os
+import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from experiments.emoji.parser import PRESET, add_contrast, add_lora, add_source, make_parser
 from experiments.emoji.vocabulary import fit_to_tokenizer
-from unclip_jax import config_json
+from experiments.source_options import describe_source, pop_source
+from unclip_jax import config_json, processes
 from unclip_jax.configs import UnclipConfig
 from unclip_jax.data.tokenizer import Tokenizer
-from unclip_jax.presets import PRESETS, preset
+from unclip_jax.presets import preset
 from unclip_jax.systems.checks import check_config
 from unclip_jax.systems.formats import open_model
 from unclip_jax.systems.loading import find_folder
+from unclip_jax.train.presets import Recipe, paper_recipe
 from unclip_jax.train.state import OptimizerConfig, make_learning_rate
 from unclip_jax.types import UnclipError
+from unclip_jax.weights.folder import TOKENIZER_NAME
 
 TOKENIZER = Path(__file__).parent / 'tokenizer.json'
-_PRESET = 'emoji_small'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +56,9 @@ class TrainConfig:
     stage: which of the upsamplers.
     data: folder of a build; None is the one that comes with the repository.
     embeddings: a folder of embed_dataset that is trained on in place of emoji; None takes emoji.
+    source: what `open_source` takes, of pictures that are trained on in place of emoji; or None.
+    workers: processes that read them.
+    distributed: whether this process is one of several that train together.
     seed: of everything random.
     dtype: what the networks compute in.
     fsdp: whether each device holds a part of the training state, and not all of it.
@@ -87,6 +96,9 @@ class TrainConfig:
   stage: int
   data: Path | None
   embeddings: Path | None
+  source: argparse.Namespace | None
+  workers: int
+  distributed: bool
   seed: int
   dtype: Any
   fsdp: bool
@@ -104,14 +116,6 @@ class TrainConfig:
     return self.lora is not None or self.init_lora is not None
 
 
-class Parser(argparse.ArgumentParser):
-  """Says what is wrong with options in one line, through `common.run`."""
-
-  def error(self, message: str) -> NoReturn:
-    """Raises UnclipError in place of printing the usage and leaving."""
-    raise UnclipError(f'{message} (see --help)')
-
-
 def parse_options(
   argv: list[str] | None,
   description: str,
@@ -123,10 +127,14 @@ def parse_options(
   has_lora: bool = False,
   has_contrast: bool = False,
   has_embeddings: bool = False,
+  has_source: bool = False,
+  recipe: str | None = None,
   drops_text: str | None = None,
   configure: Callable[[UnclipConfig], UnclipConfig] = lambda config: config,
 ) -> TrainConfig:
   """The options of a training script (of the process if argv is None); defaults as given.
+
+  One of several processes waits for the others here, before JAX is asked for a device.
 
   Args:
     argv: the options.
@@ -139,21 +147,25 @@ def parse_options(
     has_lora: whether the script can train adapters.
     has_contrast: whether it trains CLIP, whose loss compares all of a batch.
     has_embeddings: whether it can train on embeddings that are stored.
+    has_source: whether it can train on any captioned pictures.
+    recipe: which of `paper_recipe` is its own, 'upsampler' those of all upsamplers.
     drops_text: the stage whose captions it drops, 'prior' or 'decoder'.
     configure: what it makes of the config, before `--set` does.
 
   Raises:
     UnclipError: an option makes no sense; names it.
   """
-  parser = _make_parser(description)
+  parser = make_parser(description)
   parser.set_defaults(steps=steps, batch_size=batch_size, ema_decay=ema_decay)
   parser.set_defaults(pool_size=pool_size, lora=None, lora_alpha=None, init_lora=None)
-  parser.set_defaults(embeddings=None)
+  parser.set_defaults(embeddings=None, workers=0)
   parser.set_defaults(sam_rho=None, sam_group=64, cache_chunk=None, loss_chunk=None)
   if has_lora:
-    _add_lora(parser)
+    add_lora(parser)
   if has_contrast:
-    _add_contrast(parser)
+    add_contrast(parser)
+  if has_source:
+    add_source(parser)
   if has_embeddings:
     help_text = 'of any captioned pictures, made by experiments.embed_dataset, in place of emoji'
     parser.add_argument('--embeddings', type=Path, metavar='FOLDER', help=help_text)
@@ -161,18 +173,38 @@ def parse_options(
     text_drop_help = f'captions dropped in training: --set {drops_text}.text_drop'
     parser.add_argument('--text-drop', type=float, metavar='FRACTION', help=text_drop_help)
   args = parser.parse_args(argv)
+  if args.recipe is not None:
+    paper = _recipe(recipe, args.stage)
+    optimizer = paper.optimizer
+    parser.set_defaults(
+      steps=paper.num_steps, batch_size=paper.batch_size, ema_decay=paper.ema_decay
+    )
+    if has_contrast:
+      parser.set_defaults(sam_rho=paper.sam_rho, sam_group=paper.sam_group)
+    args = parser.parse_args(argv)
+  given = vars(args)
+  given['distributed'] = _join(given)
+  on_cpu = jax.default_backend() == 'cpu'
+  if args.chunk is None:
+    most = 20 if on_cpu else 100
+    args.chunk = most if args.recipe is None else math.gcd(most, args.steps)
+  if args.dtype is None:
+    args.dtype = 'float32' if on_cpu else 'bfloat16'
+  given['source'] = pop_source(given) if has_source else None
   _check_numbers(args)
   _check_lora(args)
   if has_contrast:
     _check_contrast(args)
-  given = vars(args)
+  if args.source is not None:
+    _check_source(args)
+  del given['recipe']
   preset_name, assignments = given.pop('preset'), given.pop('assignments')
   text_drop = given.pop('text_drop', None)
   if text_drop is not None:
     assignments = [*assignments, f'{drops_text}.text_drop={text_drop}']
   ours = [a.removeprefix('optimizer.') for a in assignments if a.startswith('optimizer.')]
   theirs = [a for a in assignments if not a.startswith('optimizer.')]
-  config, tokenizer = _choose_model(args.init, preset_name)
+  config, tokenizer = _choose_model(args.init, preset_name, given.pop('tokenizer'), args.run)
   config = config_json.override(configure(config), theirs)
   if args.stage not in range(max(1, len(config.upsamplers))):
     raise UnclipError(f'--stage {args.stage}: the model has {len(config.upsamplers)} upsamplers')
@@ -199,8 +231,10 @@ def parse_options(
 
 
 def save_options(train: TrainConfig, folder: Path) -> None:
-  """Writes what a stage is trained with to `options.json` in its folder."""
-  apart = ('config', 'tokenizer', 'optimizer', 'styles', 'groups', 'labels')
+  """Writes what a stage is trained with to `options.json` in its folder; the first process does."""
+  if jax.process_index() > 0:
+    return
+  apart = ('config', 'tokenizer', 'optimizer', 'styles', 'groups', 'labels', 'source')
   options = {
     name: value if isinstance(value, int | float | None) else str(value)
     for name, value in vars(train).items()
@@ -208,75 +242,34 @@ def save_options(train: TrainConfig, folder: Path) -> None:
   }
   options |= {'styles': train.styles, 'groups': train.groups, 'labels': train.labels}
   options |= {'config': config_json.to_json(train.config), 'optimizer': vars(train.optimizer)}
+  options['source'] = train.source and describe_source(train.source)
   folder.mkdir(parents=True, exist_ok=True)
   (folder / 'options.json').write_text(json.dumps(options, indent=2) + '\n')
 
 
-def _make_parser(description: str) -> Parser:
-  on_accelerator = jax.default_backend() != 'cpu'
-  parser = Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-  add = parser.add_argument
-  add('--run', type=Path, default=Path('runs/emoji_small'), help='folder of the run')
-  add('--init', default=None, help="a model whose weights to start from, such as 'default'")
-  add(
-    '--preset',
-    default=None,
-    help=f'one of {", ".join(PRESETS)}; without one that of --init, or {_PRESET}',
-  )
-  add(
-    '--set',
-    dest='assignments',
-    action='append',
-    default=[],
-    metavar='FIELD=VALUE',
-    help='overrides of the preset (decoder.width=96) or of the optimiser (optimizer.FIELD of: '
-    + ', '.join(f'{field.name}' for field in dataclasses.fields(OptimizerConfig))
-    + ')',
-  )
-  add('--steps', type=int, help='updates in all, those of earlier starts included')
-  add('--batch-size', type=int, help='examples of an update')
-  add('--ema-decay', type=float, help='of the average that is exported')
-  add('--chunk', type=int, default=100 if on_accelerator else 20, help='updates between log lines')
-  add('--save-every', type=int, default=1000, help='updates between checkpoints')
-  add(
-    '--draft-steps', type=int, default=2500, help="of the decoder's draft first; 0 keeps --init's"
-  )
-  add('--minutes', type=float, default=None, help='stop with a checkpoint after so long')
-  add('--pool-size', type=int, help='composed examples held in memory')
-  add('--styles', nargs='+', default=None, help='of flat 3d noto twemoji (all)')
-  add('--groups', nargs='+', default=None, help="emojibase's, such as food-drink (all)")
-  add('--labels', nargs='+', default=(), help='objects beside those of --groups, such as rocket')
-  add('--scene-fraction', type=float, default=0.15, help='pictures of two objects')
-  add('--jitter', type=float, default=0.04, help='largest change of scale and of place')
-  add('--stage', type=int, default=0, help='which of the upsamplers, by train_upsampler')
-  add('--data', type=Path, default=None, help='a build of experiments.emoji.build')
-  add('--seed', type=int, default=0, help='of everything random')
-  add('--dtype', default='bfloat16' if on_accelerator else 'float32', help='of the networks')
-  add('--fsdp', action='store_true', help='split parameters, average and moments over the devices')
-  add('--model-devices', type=int, default=1, help='devices that share one copy of the networks')
-  add('--accumulate', type=int, default=1, help='parts of a batch, computed one after the other')
-  add('--remat', action='store_true', help='compute activations twice, in place of keeping them')
-  return parser
+def _recipe(name: str | None, upsampler: int) -> Recipe:
+  if name is None:
+    raise UnclipError('--recipe paper: the paper trains no such stage')
+  return paper_recipe(f'{name}_{upsampler}' if name == 'upsampler' else name)
 
 
-def _add_lora(parser: Parser) -> None:
-  add = parser.add_argument
-  add(
-    '--lora',
-    type=int,
-    metavar='RANK',
-    help='train low-rank adapters of attention alone, beside the frozen weights of --init',
+def _join(given: dict[str, Any]) -> bool:
+  """Waits for the other processes where the options say so; whether they do."""
+  names = ('coordinator', 'num_processes', 'process_id', 'heartbeat_seconds')
+  *by_hand, seconds = (given.pop(name) for name in names)
+  if not given['distributed'] and by_hand == [None] * 3:
+    return False
+  print(
+    f'waiting for the other processes, {processes.START_SECONDS} s at most; should one die, JAX '
+    f'ends the others within about {seconds} s and says which: task:1 is process 1, the leader is '
+    'process 0. Start all again then: they continue from the last checkpoint',
+    file=sys.stderr,
+    flush=True,
   )
-  add('--lora-alpha', type=float, metavar='ALPHA', help='adapters count ALPHA / RANK times (RANK)')
-  add('--init-lora', type=Path, metavar='FILE', help='adapters to start from, in place of --lora')
-
-
-def _add_contrast(parser: Parser) -> None:
-  add = parser.add_argument
-  add('--sam-rho', type=float, help="length of SAM's perturbations; 0.1 in the paper")
-  add('--sam-group', type=int, help='examples that share a perturbation')
-  add('--cache-chunk', type=int, help='examples whose activations are held at a time (all)')
-  add('--loss-chunk', type=int, help='columns of logits that are held at a time (all)')
+  index, count = processes.start_processes(*by_hand, seconds)
+  host, pid = socket.gethostname(), os.getpid()
+  print(f'process {index} of {count} is {pid} on {host}', file=sys.stderr, flush=True)
+  return True
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
@@ -287,7 +280,7 @@ def _check_numbers(args: argparse.Namespace) -> None:
     raise UnclipError(f'--steps {args.steps}: take a multiple of --chunk {args.chunk}')
   if args.draft_steps < 0:
     raise UnclipError(f'--draft-steps {args.draft_steps}: take 0 or more')
-  if args.pool_size < args.batch_size:
+  if args.source is None and args.pool_size < args.batch_size:
     raise UnclipError(
       f'--pool-size {args.pool_size}: take at least the {args.batch_size} of --batch-size'
     )
@@ -352,10 +345,26 @@ def _check_contrast(args: argparse.Namespace) -> None:
       )
 
 
-def _choose_model(init: str | None, preset_name: str | None) -> tuple[UnclipConfig, Tokenizer]:
+def _check_source(args: argparse.Namespace) -> None:
+  for name in ('styles', 'groups', 'labels', 'data'):
+    if getattr(args, name):
+      raise UnclipError(f'--{name}: it chooses emoji, and other pictures are given: leave it out')
+  if args.workers < 0:
+    raise UnclipError(f'--workers {args.workers}: take 0 or more')
+
+
+def _choose_model(
+  init: str | None, preset_name: str | None, tokenizer_name: str | None, run: Path
+) -> tuple[UnclipConfig, Tokenizer]:
   """The config before its overrides, and the tokenizer: of a preset, or of `--init`."""
   opened = None if init is None else open_model(find_folder(init))
   if opened is not None and preset_name is None:
+    if tokenizer_name is not None:
+      raise UnclipError(f'--tokenizer: --init {init} has its own: leave it out, or give a --preset')
     return opened.config, opened.tokenizer
-  tokenizer = Tokenizer.load(TOKENIZER)
-  return fit_to_tokenizer(preset(preset_name or _PRESET), tokenizer), tokenizer
+  if tokenizer_name == 'clip':
+    tokenizer = Tokenizer.clip()
+  else:
+    own = run / TOKENIZER_NAME
+    tokenizer = Tokenizer.load(tokenizer_name or (own if own.exists() else TOKENIZER))
+  return fit_to_tokenizer(preset(preset_name or PRESET), tokenizer), tokenizer

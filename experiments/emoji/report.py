@@ -25,7 +25,7 @@ from experiments.emoji import common
 from experiments.emoji.bench import read_options
 from experiments.emoji.compose import CaptionedEmoji, Sprites, Truth, load_sprites
 from experiments.emoji.held_out import real_pictures
-from experiments.emoji.options import Parser
+from experiments.emoji.parser import Parser
 from unclip_jax import Unclip
 from unclip_jax.images import make_grid
 from unclip_jax.types import UnclipError

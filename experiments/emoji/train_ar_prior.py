@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from experiments.emoji import common
+from experiments.emoji import common, origin
 from experiments.emoji.options import TrainConfig, parse_options, save_options
 from experiments.emoji.stored import read_embeddings
 from unclip_jax import sharding
@@ -58,15 +58,15 @@ def with_ar_prior(config: UnclipConfig) -> UnclipConfig:
 
 def starts_from_its_like(train: TrainConfig) -> bool:
   """Whether the model of `--init` has an autoregressive prior too."""
-  theirs = common.config_of_init(train)
+  theirs = origin.config_of_init(train)
   return theirs is not None and isinstance(theirs.prior, ArPriorConfig)
 
 
 def make_quantiser(train: TrainConfig, z_i: Array, z_t: Array) -> tuple[Quantiser, str]:
   """That of the embeddings of a pool, or of `--init` where both have one CLIP; and a line on it."""
   config = train.config.prior
-  if starts_from_its_like(train) and common.has_clip_of_init(train):
-    return Quantiser(**common.read_init(train, 'prior')['quantiser']), 'quantised as --init does'
+  if starts_from_its_like(train) and origin.has_clip_of_init(train):
+    return Quantiser(**origin.read_init(train, 'prior')['quantiser']), 'quantised as --init does'
 
   def read() -> Iterator[tuple[np.ndarray, np.ndarray]]:
     for start in range(0, len(z_i), STREAMED):
@@ -105,17 +105,18 @@ def main(argv: list[str] | None = None) -> None:
     batch_size=256,
     drops_text='prior',
     has_embeddings=True,
+    recipe='ar_prior',
     configure=with_ar_prior,
   )
   check_run(train)
-  common.begin(train, 'prior', ArPriorConfig)
+  origin.begin(train, 'prior', ArPriorConfig)
   config = train.config.prior
   mesh = common.make_mesh(train)
   tokenizer = train.tokenizer
   key_init, key_run = jax.random.split(jax.random.key(train.seed))
-  params = ar_prior.init(config, key_init)
+  params = sharding.make_state(lambda: ar_prior.init(config, key_init), mesh, train.fsdp)
   if starts_from_its_like(train):
-    params = common.start_from(train, params, 'prior', 'network')
+    params = origin.start_from(train, params, 'prior', 'network')
   if train.embeddings is not None:
     arrays, held_out = read_embeddings(train, NUM_HELD_OUT)
   else:
@@ -151,7 +152,7 @@ def main(argv: list[str] | None = None) -> None:
   train_step = common.make_step(train, loss_fn, optimizer)
   updates = common.make_updates(train, train_step, make_batch)
   state = sharding.place_state(init_state(params, optimizer), mesh, train.fsdp)
-  arrays = jax.device_put(arrays, sharding.replicated(mesh))
+  data = sharding.place_whole(arrays, mesh)
   folder = train.run / 'prior'
   save_options(train, folder)
   with Checkpoints(folder / 'checkpoints') as checkpoints:
@@ -162,7 +163,7 @@ def main(argv: list[str] | None = None) -> None:
       log.message(about_quantiser)
       step = int(state.step)
       while step < train.steps and not time_is_up():
-        state, metrics = updates(state, arrays, key_run)
+        state, metrics = updates(state, data, key_run)
         check_finite(metrics, step)
         before, step = step, int(state.step)
         log.write(step, metrics, num_examples=train.chunk * train.batch_size)

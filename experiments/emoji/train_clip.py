@@ -1,20 +1,23 @@
-"""Trains CLIP on captioned emoji, the first stage: the others see its embeddings.
+"""Trains CLIP on captioned emoji, or on any captioned pictures; the others see its embeddings.
 
 python -m experiments.emoji.train_clip --run runs/emoji_small
+python -m experiments.emoji.train_clip --run runs/mine --shards 'data/{000..099}.tar' --workers 8
 """
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from experiments.emoji import captions, common
+from experiments.emoji import captions, common, origin
 from experiments.emoji.compose import load_sprites
 from experiments.emoji.options import TrainConfig, parse_options, save_options
+from experiments.emoji.stream import open_stream
 from unclip_jax import sharding
 from unclip_jax.configs import UnclipConfig
+from unclip_jax.data.pictures import PictureConfig
 from unclip_jax.evaluate.retrieval import is_first
 from unclip_jax.evaluate.zero_shot import class_embeddings, fill_templates, zero_shot_accuracy
 from unclip_jax.stages import clip
@@ -57,15 +60,30 @@ def make_grad(train: TrainConfig) -> GradFn:
   )
 
 
-def make_evaluation(
-  train: TrainConfig, size: int
+def make_retrieval(
+  train: TrainConfig, images: np.ndarray, ids: np.ndarray, mask: np.ndarray
 ) -> Callable[[Params], tuple[dict[str, float], str]]:
   """A function of parameters that measures them on held-out pairs: metrics, and a line on them.
 
-  A picture is to find its caption among those of all, and its object among the names of all, each
-  told by a few templates.
+  A picture is to find its caption among those of all.
   """
-  config = train.config.clip
+  encode_images, encode_texts = make_encoders(train)
+
+  def evaluate(params: Params) -> tuple[dict[str, float], str]:
+    z_i, z_t = encode_images(params, images), encode_texts(params, ids, mask)
+    r_at_1 = float(is_first(z_i, z_t, np.arange(len(images))).mean())
+    return {'val_r_at_1': r_at_1}, f'R@1 among {len(images)} held-out captions is {r_at_1:.3f}'
+
+  return evaluate
+
+
+def make_evaluation(
+  train: TrainConfig, size: int
+) -> Callable[[Params], tuple[dict[str, float], str]]:
+  """The same for emoji, whose objects are to be found as well among the names of all.
+
+  Each is told by a few templates.
+  """
   held_out = common.compose(train, size, NUM_RETRIEVAL * 4, ('val_pairs',))
   _, first_of_each = np.unique(held_out.sprite_index, return_index=True)
   first_of_each = np.sort(first_of_each)[:NUM_RETRIEVAL]
@@ -77,14 +95,7 @@ def make_evaluation(
   prompts = fill_templates(['{}', *(f'{{}}, {style} style' for style in styles)], names)
   of_captions = train.tokenizer.encode([held_out.captions[i] for i in first_of_each])
   of_prompts = train.tokenizer.encode(prompts)
-
-  @jax.jit
-  def encode_images(params, images):
-    return clip.encode_image(config, params, common.to_float(images))
-
-  @jax.jit
-  def encode_texts(params, ids, mask):
-    return clip.encode_text(config, params, ids, mask).z_t
+  encode_images, encode_texts = make_encoders(train)
 
   def evaluate(params: Params) -> tuple[dict[str, float], str]:
     z_i = encode_images(params, images)
@@ -101,6 +112,39 @@ def make_evaluation(
   return evaluate
 
 
+def make_encoders(train: TrainConfig) -> tuple[Callable[..., np.ndarray], ...]:
+  """Functions (params, images uint8) -> z_i and (params, ids, mask) -> z_t."""
+  config = train.config.clip
+
+  @jax.jit
+  def encode_images(params, images):
+    return clip.encode_image(config, params, common.to_float(images))
+
+  @jax.jit
+  def encode_texts(params, ids, mask):
+    return clip.encode_text(config, params, ids, mask).z_t
+
+  return (
+    lambda params, images: sharding.fetch(encode_images(params, images)),
+    lambda params, ids, mask: sharding.fetch(encode_texts(params, ids, mask)),
+  )
+
+
+def load_data(
+  train: TrainConfig, mesh: sharding.Mesh, splits: tuple[str, ...]
+) -> tuple[Any, Callable[[Params], tuple[dict[str, float], str]]]:
+  """What is trained on, for the updates of `common.make_updates`, and the evaluation."""
+  size = train.config.clip.vision.image_size
+  if train.source is None:
+    pool = common.compose(train, size, train.pool_size, splits)
+    tokens = common.encode_pool(train, train.tokenizer, pool.captions, None)
+    arrays = {**tokens, 'image': pool.images}
+    return sharding.place_whole(arrays, mesh), make_evaluation(train, size)
+  picture = PictureConfig(size, kernel='bicubic')  # as CLIP's own preprocessing
+  stream, held_out = open_stream(train, 'clip', mesh, picture, NUM_RETRIEVAL)
+  return stream, make_retrieval(train, *(held_out[name] for name in ('image', 'ids', 'mask')))
+
+
 def main(
   argv: list[str] | None = None,
   configure: Callable[[UnclipConfig], UnclipConfig] = lambda config: config,
@@ -115,14 +159,12 @@ def main(
     batch_size=256,
     ema_decay=0.995,
     has_contrast=True,
+    has_source=True,
+    recipe='clip',
   )
   train = dataclasses.replace(train, config=configure(train.config))
-  config = train.config.clip
   mesh = common.make_mesh(train)
-  pool = common.compose(train, config.vision.image_size, train.pool_size, splits)
-  arrays = {'image': jnp.asarray(pool.images)}
-  arrays |= common.encode_pool(train, train.tokenizer, pool.captions, None)
-  evaluate = make_evaluation(train, config.vision.image_size)
+  data, evaluate = load_data(train, mesh, splits)
 
   def make_batch(pool, indices, key):
     return sharding.constrain_batch(gather(pool, indices, key), mesh)
@@ -131,9 +173,9 @@ def main(
   train_step = common.make_step(train, None, optimizer, make_grad(train))
   updates = common.make_updates(train, train_step, make_batch)
   key_init, key_run = jax.random.split(jax.random.key(train.seed))
-  state = init_state(common.start_from(train, clip.init(config, key_init), 'clip'), optimizer)
-  state = sharding.place_state(state, mesh, train.fsdp)
-  arrays = jax.device_put(arrays, sharding.replicated(mesh))
+  params = sharding.make_state(lambda: clip.init(train.config.clip, key_init), mesh, train.fsdp)
+  params = origin.start_from(train, params, 'clip')
+  state = sharding.place_state(init_state(params, optimizer), mesh, train.fsdp)
   folder = train.run / 'clip'
   save_options(train, folder)
   with Checkpoints(folder / 'checkpoints') as checkpoints:
@@ -143,7 +185,7 @@ def main(
     with RunLog(folder, train.steps, resume_step=int(state.step)) as log:
       step = int(state.step)
       while step < train.steps and not time_is_up():
-        state, metrics = updates(state, arrays, key_run)
+        state, metrics = updates(state, data, key_run)
         check_finite(metrics, step)
         before, step = step, int(state.step)
         log.write(step, metrics, num_examples=train.chunk * train.batch_size)

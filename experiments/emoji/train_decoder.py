@@ -1,19 +1,24 @@
 """Trains the decoder on captioned emoji, its draft first if it has one; needs the run's CLIP.
 
 python -m experiments.emoji.train_decoder --run runs/emoji_small
+python -m experiments.emoji.train_decoder --run runs/mine --shards 'data/{000..099}.tar' --workers 8
 """
 
 import dataclasses
+import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.emoji import common
-from experiments.emoji.options import parse_options, save_options
+from experiments.emoji import common, origin
+from experiments.emoji.options import TrainConfig, parse_options, save_options
+from experiments.emoji.stream import open_stream
 from experiments.emoji.tuning import begin_tuning, export_tuned
 from unclip_jax import sharding
+from unclip_jax.data.pictures import PictureConfig
 from unclip_jax.images import make_grid
 from unclip_jax.stages import common as stage_common
 from unclip_jax.stages import decoder
@@ -26,11 +31,53 @@ from unclip_jax.train.state import (
   make_optimizer,
   make_train_step,
 )
+from unclip_jax.types import Array
 from unclip_jax.weights.checkpoint import Checkpoints
 
 NUM_HELD_OUT = 32
 DRAFT_OPTIMIZER = OptimizerConfig(learning_rate=3e-3, decay='cosine')
 DRAFT_BATCH = 4  # times the decoder's
+
+
+def load_data(train: TrainConfig, mesh: sharding.Mesh) -> tuple[Any, dict[str, Array]]:
+  """What is trained on, for the updates of `common.make_updates`, and what is held out.
+
+  Pictures at the decoder's size, with their captions as tokens and CLIP's view of both.
+  """
+  image_size, clip_size = train.config.decoder.image_size, train.config.clip.vision.image_size
+  names = ['image', 'ids', 'mask', 'z_i']
+  if train.config.decoder.text is None:  # else it reads the tokens, not CLIP's states
+    names += ['states', 'z_t']
+
+  def compose(num_examples, splits):
+    pool = common.compose(train, image_size, num_examples, splits)
+    seen = pool
+    if clip_size != image_size:
+      seen = common.compose(train, clip_size, num_examples, splits)
+    rows = common.encode_pool(train, train.tokenizer, pool.captions, seen.images)
+    rows['image'] = jnp.asarray(pool.images)
+    return {name: rows[name] for name in names}
+
+  def encode(encoder, rows):
+    rows = {**rows, **encoder(rows['ids'], rows['mask'], rows['seen'])}
+    return {name: rows[name] for name in names}
+
+  if train.source is None:
+    pool, held_out = compose(train.pool_size, ('train',)), compose(NUM_HELD_OUT, ('val_pairs',))
+    return sharding.place_whole(pool, mesh), held_out
+  size = max(image_size, clip_size)
+  kernel = 'area' if size == image_size else 'bicubic'
+  picture = PictureConfig(size, kernel=kernel, least_side=image_size)
+  stream, held_out = open_stream(
+    train,
+    'decoder',
+    mesh,
+    picture,
+    NUM_HELD_OUT,
+    sizes=(image_size, clip_size),
+    prepare=functools.partial(encode, common.make_encoder(train, mesh)),
+  )
+  return stream, encode(common.make_encoder(train), held_out)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -42,32 +89,20 @@ def main(argv: list[str] | None = None) -> None:
     batch_size=64,
     ema_decay=0.9995,
     has_lora=True,
+    has_source=True,
+    recipe='decoder',
     drops_text='decoder',
   )
-  common.begin(train, 'decoder')
+  origin.begin(train, 'decoder')
   config = train.config.decoder
   mesh = common.make_mesh(train)
   tokenizer = train.tokenizer
   key_init, key_draft, key_run = jax.random.split(jax.random.key(train.seed), 3)
-  params = common.start_from(train, decoder.init(config, key_init), 'decoder')
-  params = sharding.place_state(params, mesh, train.fsdp)
+  params = sharding.make_state(lambda: decoder.init(config, key_init), mesh, train.fsdp)
+  params = sharding.place_state(origin.start_from(train, params, 'decoder'), mesh, train.fsdp)
   tuning = begin_tuning(train, 'decoder', params, key_init)
 
-  def encode(num_examples, splits):
-    """Pictures at the decoder's size with their captions and CLIP's view of them."""
-    pool = common.compose(train, config.image_size, num_examples, splits)
-    clip_size = train.config.clip.vision.image_size
-    seen = (
-      pool
-      if clip_size == config.image_size
-      else common.compose(train, clip_size, num_examples, splits)
-    )
-    rows = common.encode_pool(train, tokenizer, pool.captions, seen.images)
-    if config.text is not None:  # it reads the tokens, not CLIP's states
-      del rows['states'], rows['z_t']
-    return {**rows, 'image': jnp.asarray(pool.images)}
-
-  arrays, held_out = encode(train.pool_size, ('train',)), encode(NUM_HELD_OUT, ('val_pairs',))
+  data, held_out = load_data(train, mesh)
   null_text = common.null_text(train, tokenizer)
   if config.text is not None:
     null_text = null_text._replace(states=None, z_t=None)
@@ -89,9 +124,10 @@ def main(argv: list[str] | None = None) -> None:
 
   def learn_draft(params, key):
     """The parameters after the updates of the draft alone, which cost little without the U-Net."""
+    times = min(DRAFT_BATCH, train.pool_size // train.batch_size) if train.source is None else 1
     ours = dataclasses.replace(
       train,
-      batch_size=min(DRAFT_BATCH, train.pool_size // train.batch_size) * train.batch_size,
+      batch_size=times * train.batch_size,
       chunk=math.gcd(train.chunk, train.draft_steps),
     )
     optimizer = make_optimizer(DRAFT_OPTIMIZER, train.draft_steps)
@@ -101,7 +137,7 @@ def main(argv: list[str] | None = None) -> None:
     save_options(ours, folder)
     with RunLog(folder, train.draft_steps) as log:
       while (step := int(state.step)) < train.draft_steps:
-        state, metrics = updates(state, arrays, key)
+        state, metrics = updates(state, data, key)
         check_finite(metrics, step)
         log.write(int(state.step), metrics, num_examples=ours.chunk * ours.batch_size)
       log.write_curves(['draft_mse'])
@@ -123,7 +159,6 @@ def main(argv: list[str] | None = None) -> None:
     scale = jnp.float32(sampling.guidance_scale)
     return decoder.sample(config, params, text, uncond, rows['z_i'], key_b, plan, sampler, scale)[0]
 
-  arrays = jax.device_put(arrays, sharding.replicated(mesh))
   folder = train.run / 'decoder'
   save_options(train, folder)
   with Checkpoints(folder / 'checkpoints') as checkpoints:
@@ -139,7 +174,7 @@ def main(argv: list[str] | None = None) -> None:
     with RunLog(folder, train.steps, resume_step=int(state.step)) as log:
       step = int(state.step)
       while step < train.steps and not time_is_up():
-        state, metrics = updates(state, arrays, key_run)
+        state, metrics = updates(state, data, key_run)
         check_finite(metrics, step)
         before, step = step, int(state.step)
         log.write(step, metrics, num_examples=train.chunk * train.batch_size)

@@ -6,7 +6,7 @@ python -m experiments.emoji.train_prior --run runs/mine --embeddings z   # of em
 
 import jax
 
-from experiments.emoji import common
+from experiments.emoji import common, origin
 from experiments.emoji.options import parse_options, save_options
 from experiments.emoji.stored import read_embeddings
 from experiments.emoji.tuning import begin_tuning, export_tuned
@@ -38,13 +38,15 @@ def main(argv: list[str] | None = None) -> None:
     has_lora=True,
     drops_text='prior',
     has_embeddings=True,
+    recipe='prior',
   )
-  common.begin(train, 'prior')
+  origin.begin(train, 'prior')
   config = train.config.prior
   mesh = common.make_mesh(train)
   tokenizer = train.tokenizer
   key_init, key_run = jax.random.split(jax.random.key(train.seed))
-  params = common.start_from(train, diffusion_prior.init(config, key_init), 'prior', 'network')
+  params = sharding.make_state(lambda: diffusion_prior.init(config, key_init), mesh, train.fsdp)
+  params = origin.start_from(train, params, 'prior', 'network')
   params = sharding.place_state(params, mesh, train.fsdp)
   tuning = begin_tuning(train, 'prior', params, key_init)
   if train.embeddings is not None:
@@ -56,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     held_out = common.compose(train, size, NUM_HELD_OUT, ('val_pairs',))
     held_out = common.encode_pool(train, tokenizer, held_out.captions, held_out.images)
   null_text = common.null_text(train, tokenizer)
-  statistics = common.prior_statistics(train, arrays['z_i'])
+  statistics = origin.prior_statistics(train, arrays['z_i'])
 
   def loss_fn(params, batch, key):
     text = common.text_features(batch)
@@ -82,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
   train_step = common.make_step(train, tuning.loss_of_trained(loss_fn), optimizer)
   updates = common.make_updates(train, train_step, make_batch, tuning.frozen)
   state = sharding.place_state(init_state(tuning.trained, optimizer), mesh, train.fsdp)
-  arrays = jax.device_put(arrays, sharding.replicated(mesh))
+  data = sharding.place_whole(arrays, mesh)
   folder = train.run / 'prior'
   save_options(train, folder)
   with Checkpoints(folder / 'checkpoints') as checkpoints:
@@ -92,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
     with RunLog(folder, train.steps, resume_step=int(state.step)) as log:
       step = int(state.step)
       while step < train.steps and not time_is_up():
-        state, metrics = updates(state, arrays, key_run)
+        state, metrics = updates(state, data, key_run)
         check_finite(metrics, step)
         before, step = step, int(state.step)
         log.write(step, metrics, num_examples=train.chunk * train.batch_size)

@@ -2,17 +2,22 @@
 
 python -m experiments.emoji.build --size 128 --out data/128px
 python -m experiments.emoji.train_upsampler --run runs/emoji_small --data data/128px
+python -m experiments.emoji.train_upsampler --run runs/mine --folder pictures --workers 8
 """
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.emoji import common
+from experiments.emoji import common, origin
 from experiments.emoji.compose import load_sprites
 from experiments.emoji.options import parse_options, save_options
+from experiments.emoji.stream import open_stream
 from unclip_jax import sharding
 from unclip_jax.data.degradations import area_downsample, bsr_degrade, gaussian_blur
+from unclip_jax.data.pictures import PictureConfig
 from unclip_jax.images import make_grid
 from unclip_jax.stages import common as stage_common
 from unclip_jax.stages import upsampler
@@ -37,18 +42,21 @@ def main(argv: list[str] | None = None) -> None:
     steps=10000,
     batch_size=64,
     pool_size=6144,
+    has_source=True,
+    recipe='upsampler',
   )
-  common.begin(train, f'upsampler_{train.stage}')
+  origin.begin(train, f'upsampler_{train.stage}')
   config = train.config.upsamplers[train.stage]
   mesh = common.make_mesh(train)
   scale = config.image_size // config.low_size
   crop = round(config.image_size * config.crop_fraction)
   low_crop = crop // scale
-  if (size := load_sprites(train.data).size) < config.image_size:
-    raise UnclipError(
-      f'the emoji of --data have {size} px, too few for pictures of {config.image_size}: first run '
-      f'python -m experiments.emoji.build --size {config.image_size} --out DIR, then --data DIR'
-    )
+  name = f'upsampler_{train.stage}'
+
+  @jax.jit
+  def shrink(images):
+    low = area_downsample(common.to_float(images), scale)
+    return jnp.round((low + 1) * 127.5).astype(jnp.uint8)
 
   def load(num_examples, splits):
     """Pictures [n, image_size, image_size, 3] and the same, small, both uint8."""
@@ -56,15 +64,35 @@ def main(argv: list[str] | None = None) -> None:
     if config.degradation == 'bsr':
       small = [bsr_degrade(image, scale, (train.seed, i)) for i, image in enumerate(images)]
     else:
-      shrink = jax.jit(lambda x: area_downsample(common.to_float(x), scale))
       small = [
-        row
-        for i in range(0, len(images), 64)
-        for row in common.to_uint8(shrink(images[i : i + 64]))
+        row for i in range(0, len(images), 64) for row in np.asarray(shrink(images[i : i + 64]))
       ]
     return {'image': jnp.asarray(images), 'low': jnp.asarray(np.stack(small))}
 
-  arrays, held_out = load(train.pool_size, ('train',)), load(NUM_HELD_OUT, ('val_pairs',))
+  def with_low(batch):
+    return batch if 'low' in batch else {**batch, 'low': shrink(batch['image'])}
+
+  if train.source is not None:
+    is_degraded = config.degradation == 'bsr'
+    picture = PictureConfig(
+      config.image_size,
+      crop,
+      random_crop=True,
+      least_side=config.image_size,
+      bsr_factor=scale if is_degraded else None,
+    )
+    data, held_out = open_stream(
+      train, name, mesh, picture, NUM_HELD_OUT, reads_captions=False, prepare=with_low
+    )
+    held_out = with_low(held_out)
+  elif (size := load_sprites(train.data).size) < config.image_size:
+    raise UnclipError(
+      f'the emoji of --data have {size} px, too few for pictures of {config.image_size}: first run '
+      f'python -m experiments.emoji.build --size {config.image_size} --out DIR, then --data DIR'
+    )
+  else:
+    data, held_out = load(train.pool_size, ('train',)), load(NUM_HELD_OUT, ('val_pairs',))
+    data = sharding.place_whole(data, mesh)
 
   def loss_fn(params, batch, key):
     image, low = common.to_float(batch['image']), common.to_float(batch['low'])
@@ -94,6 +122,9 @@ def main(argv: list[str] | None = None) -> None:
   optimizer = make_optimizer(train.optimizer, train.steps)
   train_step = common.make_step(train, loss_fn, optimizer)
   updates = common.make_updates(train, train_step, make_batch)
+  # Convolutional, it samples pictures of any size: those that are held out.
+  low_size, image_size = held_out['low'].shape[1], held_out['image'].shape[1]
+  shown = dataclasses.replace(config, low_size=low_size, image_size=image_size)
 
   @jax.jit
   def upsample(params, low):
@@ -102,16 +133,12 @@ def main(argv: list[str] | None = None) -> None:
     plan = stage_common.make_plan(config.diffusion, sampling)
     sampler = stage_common.make_sampler(sampling.sampler, sampling.variance, sampling.eta)
     key_b = jax.random.split(jax.random.key(0), NUM_HELD_OUT)
-    return upsampler.sample(config, params, common.to_float(low), key_b, plan, sampler)[0]
+    return upsampler.sample(shown, params, common.to_float(low), key_b, plan, sampler)[0]
 
   key_init, key_run = jax.random.split(jax.random.key(train.seed))
-  state = init_state(
-    common.start_from(train, upsampler.init(config, key_init), f'upsampler_{train.stage}'),
-    optimizer,
-  )
+  params = sharding.make_state(lambda: upsampler.init(config, key_init), mesh, train.fsdp)
+  state = init_state(origin.start_from(train, params, name), optimizer)
   state = sharding.place_state(state, mesh, train.fsdp)
-  arrays = jax.device_put(arrays, sharding.replicated(mesh))
-  name = f'upsampler_{train.stage}'
   folder = train.run / name
   save_options(train, folder)
   with Checkpoints(folder / 'checkpoints') as checkpoints:
@@ -121,16 +148,14 @@ def main(argv: list[str] | None = None) -> None:
     with RunLog(folder, train.steps, resume_step=int(state.step)) as log:
       step = int(state.step)
       while step < train.steps and not time_is_up():
-        state, metrics = updates(state, arrays, key_run)
+        state, metrics = updates(state, data, key_run)
         check_finite(metrics, step)
         before, step = step, int(state.step)
         log.write(step, metrics, num_examples=train.chunk * train.batch_size)
         if step // train.save_every > before // train.save_every:
           checkpoints.save(step, state)
           high = common.to_uint8(upsample(state.ema_params, held_out['low']))
-          smooth = common.to_uint8(
-            upsampler.upscale(common.to_float(held_out['low']), config.image_size)
-          )
+          smooth = common.to_uint8(upsampler.upscale(common.to_float(held_out['low']), image_size))
           rows = np.concatenate([smooth, high, np.asarray(held_out['image'])])
           log.write_image(step, 'bicubic_ours_real', make_grid(rows, NUM_HELD_OUT))
       checkpoints.save(step, state)

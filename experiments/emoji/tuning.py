@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from experiments.emoji import common
+from experiments.emoji import common, origin
 from experiments.emoji.options import TrainConfig
+from unclip_jax import sharding
 from unclip_jax.systems.loading import find_folder
 from unclip_jax.train.lora import init_lora, merge_lora
 from unclip_jax.train.state import LossFn, Metrics
@@ -66,7 +67,7 @@ def begin_tuning(train: TrainConfig, stage: str, params: Params, key: Array) -> 
       f'--init {train.init}: it is the folder of --run, where adapters are merged into it: take '
       'another one for --run'
     )
-  if not common.has_clip_of_init(train):
+  if not origin.has_clip_of_init(train):
     raise UnclipError(
       f'--run {train.run}: its CLIP is not that of --init {train.init}, whose {stage} would stay '
       'as it is: take a new folder'
@@ -101,5 +102,7 @@ def export_tuned(
   if tuning.frozen is None:
     common.export_stage(train, stage, params)
     return
-  save_lora(train.run / stage / ADAPTERS_NAME, trained, tuning.scale, stage)
+  trained = sharding.fetch(trained)
+  if jax.process_index() == 0:
+    save_lora(train.run / stage / ADAPTERS_NAME, trained, tuning.scale, stage)
   common.export_stage(train, stage, params, dtype=jnp.float32)

@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, Self
 
 import grain
@@ -120,7 +120,7 @@ class PipelineConfig:
 class Pipeline:
   """An endless iterator of batches, the rows of one process of them.
 
-  Each is a dict of arrays [b, ...] and lists of b strings, with b = batch_size / process_count.
+  Each is a dict of arrays [b, ...] and lists of b strings: b rows of the global batch.
 
   A context manager, which ends the workers. `get_state` and `set_state` take it to where another
   one was; the state is JSON.
@@ -128,9 +128,8 @@ class Pipeline:
   Args:
     rows: what batches are made of.
     config: which of them, and in which order.
-    process_index: of this process, from 0: it has rows process_index * b to
-      (process_index + 1) * b - 1 of each global batch.
-    process_count: how many processes share a batch.
+    batch_rows: which rows of each global batch this process has, ascending, as
+      `sharding.process_rows` gives them; None is all of them.
     num_workers: processes that read and decode beside this one; 0 does it in threads of this one.
     num_threads: that read in each of them: more than 1 hides how long a store takes to answer.
     read_ahead: batches that each worker (or this process) has ready.
@@ -147,8 +146,7 @@ class Pipeline:
     rows: Rows,
     config: PipelineConfig,
     *,
-    process_index: int = 0,
-    process_count: int = 1,
+    batch_rows: Sequence[int] | np.ndarray | None = None,
     num_workers: int = 0,
     num_threads: int = 1,
     read_ahead: int = 2,
@@ -156,12 +154,11 @@ class Pipeline:
   ) -> None:
     if not len(rows):
       raise UnclipError('there are no examples: choose another source')
-    if not 0 <= process_index < process_count:
-      raise UnclipError(f'process {process_index} of {process_count}: number the processes from 0')
-    if config.batch_size % process_count:
+    batch_rows = [*range(config.batch_size)] if batch_rows is None else [*map(int, batch_rows)]
+    if not batch_rows or min(batch_rows) < 0 or max(batch_rows) >= config.batch_size:
       raise UnclipError(
-        f'a batch of {config.batch_size} cannot be shared by {process_count} processes: take a '
-        f'multiple of {process_count}'
+        f'{len(batch_rows)} rows of a batch of {config.batch_size}: take one or more of 0 to '
+        f'{config.batch_size - 1}'
       )
     if num_workers < 0 or num_threads < 1 or read_ahead < 1:
       raise UnclipError(
@@ -169,7 +166,7 @@ class Pipeline:
         '0, 1 and 1'
       )
     self._rows, self._config = rows, config
-    self._process = (process_index, process_count)
+    self._batch_rows = batch_rows
     self._num_workers, self._num_threads = num_workers, num_threads
     self._read_ahead = read_ahead
     self._next_batch = 0
@@ -239,7 +236,7 @@ class Pipeline:
     self._iterator = None
 
   def _dataset(self) -> grain.IterDataset[Batch]:
-    batches = _Batches(self._rows, self._config, self._process, self._next_batch)
+    batches = _Batches(self._rows, self._config, self._batch_rows, self._next_batch)
     ahead = self._read_ahead if self._num_workers == 0 else 1
     reading = grain.ReadOptions(self._num_threads, max(self._num_threads, ahead))
     dataset = grain.MapDataset.source(batches).to_iter_dataset(reading)
@@ -273,12 +270,9 @@ def _belong_to_parent(index: int, count: int) -> None:
 class _Batches:
   """The batches of one process from one of them on, with random access."""
 
-  def __init__(
-    self, rows: Rows, config: PipelineConfig, process: tuple[int, int], first: int
-  ) -> None:
+  def __init__(self, rows: Rows, config: PipelineConfig, batch_rows: list[int], first: int) -> None:
     self._rows, self._config, self._first = rows, config, first
-    self._size = config.batch_size // process[1]
-    self._offset = process[0] * self._size
+    self._batch_rows = batch_rows
     order = grain.MapDataset.range(len(rows))
     if config.shuffle:
       order = order.shuffle(seed=config.seed)
@@ -288,9 +282,9 @@ class _Batches:
     return _ENDLESS
 
   def __getitem__(self, index: int) -> Batch:
-    start = (self._first + index) * self._config.batch_size + self._offset
+    start = (self._first + index) * self._config.batch_size
     broken: list[tuple[str, str]] = []
-    rows = [self._row(place, broken) for place in range(start, start + self._size)]
+    rows = [self._row(start + row, broken) for row in self._batch_rows]
     batch: Batch = {'broken': broken}
     for name, value in rows[0].items():
       column = [row[name] for row in rows]

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, Self
 
+import jax
 import numpy as np
 from etils import epath
 from PIL import Image
@@ -44,7 +45,8 @@ class RunLog:
   """The record of a run in its folder; a context manager.
 
   Writes `metrics.csv` (one row a logged step), `samples/NAME_STEP.png`, `NAME.png` curves, and
-  TensorBoard's event files where the `train` extra is installed.
+  TensorBoard's event files where the `train` extra is installed. Of several processes only the
+  first writes or shows anything.
 
   Args:
     folder: of the run, made if missing.
@@ -64,14 +66,18 @@ class RunLog:
     console: Console | None = None,
   ) -> None:
     self.folder = epath.Path(folder)
-    self._console = console or Console(stderr=True)
+    self._is_silent = jax.process_index() > 0
+    self._console = console or Console(stderr=True, quiet=self._is_silent)
     self._path = self.folder / 'metrics.csv'
-    with self._writing():
-      self.folder.mkdir(parents=True, exist_ok=True)
-      self._rows = self._read(resume_step)
-      self._columns = ['step', *dict.fromkeys(k for row in self._rows for k in row if k != 'step')]
-      self._rewrite()
-    self._board = _open_board(self.folder / 'tensorboard', resume_step, self._console)
+    self._board = None
+    if not self._is_silent:
+      with self._writing():
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._rows = self._read(resume_step)
+        names = dict.fromkeys(k for row in self._rows for k in row if k != 'step')
+        self._columns = ['step', *names]
+        self._rewrite()
+      self._board = _open_board(self.folder / 'tensorboard', resume_step, self._console)
     self._last_write = self._last_shown = time.monotonic()
     self._total_steps = total_steps
     self._progress = Progress(
@@ -112,6 +118,8 @@ class RunLog:
       UnclipError: the row cannot be written.
     """
     row = {name: float(np.mean(np.asarray(value))) for name, value in metrics.items()}
+    if self._is_silent:
+      return
     now = time.monotonic()
     if num_examples:
       row['examples_per_s'] = num_examples / max(now - self._last_write, 1e-9)
@@ -148,6 +156,8 @@ class RunLog:
   def write_image(self, step: int, name: str, image: np.ndarray) -> epath.Path:
     """Saves a picture, uint8 [h, w, 3], as `samples/NAME_STEP.png`; returns its path."""
     path = self.folder / 'samples' / f'{name}_{step:07d}.png'
+    if self._is_silent:
+      return path
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format='PNG')
     with self._writing():
@@ -162,6 +172,8 @@ class RunLog:
 
     Without matplotlib (the `train` extra) it says so and returns None.
     """
+    if self._is_silent:
+      return None
     try:
       # Of the `train` extra: a run writes its CSV without it.
       from matplotlib.figure import Figure
