@@ -32,9 +32,10 @@ The JSON has, with seconds as {median, least, most, values}:
     share_of_copy          bytes a second, over those of the copy
     program_bytes          parameters and arguments, results, and what the program needs in between
     peak_bytes             the most in use so far, of the device, or the process where it has none
-    step                   of the prior: seconds of one step (the difference of runs with all and
-                           half of the steps; left out where runs differ by more than that),
-                           weights_bytes_per_second, share_of_skinny
+    step                   of the prior: rows of its products, seconds of one step (the difference
+                           of runs with all and half of the steps; left out where runs differ by
+                           more than that), weights_bytes_per_second, and share_of_skinny where
+                           the skinny product has as many rows
     peer                   name; notes (memory_format, torch.compile, ...); contenders, by
                            their names 'eager' and 'compiled': seconds, ratio (its seconds over
                            ours, a round each), largest_error and rms_error of our result, over the

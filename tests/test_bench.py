@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -273,6 +274,8 @@ main('--preset tiny --stages clip --batch-sizes 3 --devices 1 2 --rounds 1'.spli
       "no stage 'painter' here: take clip, prior",
     ),
     (('--preset', 'tiny', '--batch-sizes', '0'), 'whole numbers from 1'),
+    (('--preset', 'tiny', '--batch-sizes', '2,1,2'), 'batch size 2 is asked for twice'),
+    (('--preset', 'tiny', '--json', '/dev/null', '--plot', '/dev/null'), 'names of their own'),
     (('--preset', 'tiny', '--batch-sizes', 'many'), 'whole numbers from 1'),
     (('--preset', 'tiny', '--devices', '4000'), 'ask for 1 to'),
     (('--preset', 'tiny', '--rounds', '0'), 'the number of rounds is 0'),
@@ -346,6 +349,38 @@ def test_a_run_that_was_stopped_takes_over_what_was_measured(results, monkeypatc
   other = dataclasses.replace(options, rounds=3)
   with pytest.raises(UnclipError, match='had rounds 2, this one has 3'):
     bench.measure(subject, other, before=before)
+
+
+def test_a_disk_that_fills_up_leaves_the_figures_of_before(tmp_path):
+  """A limit on the size of files stands in for it."""
+  path = tmp_path / 'a.json'
+  path.write_text('before')
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+  try:
+    with pytest.raises(UnclipError, match='free some space'):
+      report.write_json(path, {'figures': [0] * 100})
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+  assert path.read_text() == 'before'
+  assert list(tmp_path.iterdir()) == [path]
+
+
+def test_sums_are_of_one_device():
+  entry = {
+    'stage': 'clip',
+    'batch_size': 2,
+    'devices': 1,
+    'steps': None,
+    'compile_seconds': 1.0,
+    'seconds': {'values': [2.0, 4.0]},
+    'peer': {'name': 'p', 'contenders': {'eager': {'seconds': {'values': [4.0, 12.0]}}}},
+  }
+  alone = {**entry, 'devices': 2}
+  del alone['peer']
+  (found,) = bench_figures.sums([entry, alone, {**entry, 'stage': 'prior', 'steps': 3}])
+  assert found['seconds']['values'] == [4.0, 8.0]
+  assert found['peer']['contenders']['eager']['ratio']['values'] == [2.0, 3.0]
 
 
 def test_what_cannot_be_continued_is_said(tmp_path):

@@ -166,6 +166,18 @@ def test_damaged_programs_are_refused(copy, tmp_path):
     load_exported(tmp_path / 'nowhere')
 
 
+def test_a_program_that_the_compiler_cannot_read_is_refused(copy):
+  from hashlib import sha256
+
+  blob = bytearray((copy / 'program.bin').read_bytes())
+  middle = blob.index(b'StableHLO') + 40
+  blob[middle : middle + 64] = bytes(64)
+  (copy / 'program.bin').write_bytes(blob)
+  change(copy, sha256=sha256(blob).hexdigest())
+  with pytest.raises(UnclipError, match=r'cannot (compile|read) it'):
+    load_exported(copy).generate(['a', 'b'])
+
+
 def test_bytes_that_are_no_program_are_refused(copy):
   """As of a later version of jax.export: what it says fits, but it cannot be read."""
   from hashlib import sha256

@@ -188,6 +188,14 @@ def test_one_step_and_paths_that_turn_are_of_order_one():
   np.testing.assert_allclose(a, b, atol=2e-6)
 
 
+def test_a_loop_of_plms_that_begins_where_it_stays_changes_nothing():
+  """As the last step of Karlo's upsampler may, which another network takes."""
+  plan = schedule.make_plan(SCHEDULE, [300, 300], to_x_0=False, may_stay=True)
+  x = samplers.start_noise(keys(2), (7,))
+  after = sample_loop(mixture_denoiser, solvers.plms(), plan, x, keys(2))
+  np.testing.assert_allclose(after, x, atol=1e-5)
+
+
 @pytest.mark.parametrize('sampler', [solvers.dpm_solver_pp(), solvers.unipc()])
 def test_solvers_move_by_x_0_alone(sampler):
   """What bounds x_0 may leave eps as it was (`keep_eps`): they are the same then."""

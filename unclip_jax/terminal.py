@@ -16,6 +16,7 @@ from unclip_jax.types import UnclipError
 
 # JAX's warning of a program that it cannot read back.
 _DAMAGED = 'Error reading persistent compilation cache entry'
+_ZSTD = b'\x28\xb5\x2f\xfd'
 
 
 @contextlib.contextmanager
@@ -29,8 +30,8 @@ def plain_warnings(most: float = math.inf) -> Iterator[None]:
 
   def show(message: Warning | str, *_: object) -> None:
     nonlocal count
-    if str(message).startswith(_DAMAGED):
-      _drop_damaged(Path(jax.config.jax_compilation_cache_dir))
+    is_damaged = str(message).startswith(_DAMAGED)
+    if is_damaged and _drop_damaged(Path(jax.config.jax_compilation_cache_dir)):
       message = 'a compiled program in the cache was damaged, and is made again'
     count += 1
     if count <= most:
@@ -109,13 +110,21 @@ def use_cache(wanted: bool) -> None:
   jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
 
 
-def _drop_damaged(folder: Path) -> None:
-  """Removes programs that were cut short, which JAX would never write again."""
+def _drop_damaged(folder: Path) -> bool:
+  """Removes programs that were cut short, which JAX would never write again; whether there were.
+
+  Those that JAX compressed by zstd, where that is installed, are left alone.
+  """
+  dropped = False
   for path in folder.glob('*-cache'):
+    entry = path.read_bytes()
     try:
-      zlib.decompress(path.read_bytes())
-    except zlib.error:  # or another compression, which cannot be told from damage
+      if not entry.startswith(_ZSTD):
+        zlib.decompress(entry)
+    except zlib.error:
       path.unlink(missing_ok=True)
+      dropped = True
+  return dropped
 
 
 def cache_folder() -> Path:

@@ -76,7 +76,7 @@ def bench(
     'batch_sizes': tuple(numbers('--batch-sizes', batch_sizes)),
     'devices': tuple(numbers('--devices', devices)),
     'steps': () if steps is None else tuple(numbers('--steps', steps)),
-    'stages': tuple(filter(None, (stages or '').split(','))),
+    'stages': tuple(filter(None, map(str.strip, (stages or '').split(',')))),
   }
   from unclip_jax.systems import bench_subject
   from unclip_jax.systems.bench_run import Outputs, run

@@ -62,13 +62,17 @@ SizeOption = Annotated[
 _SAMPLER_HELP = 'ddpm, ddim, dpmpp_2m, dpmpp_2m_sde, unipc, plms or analytic.'
 _GUIDANCE_HELP = 'How much the caption is stressed; 1 is as it is.'
 _ETA_HELP = 'Noise of ddim and analytic, from 0 (none) to 1 (as much as ddpm).'
-_SPACING_HELP = 'Of the timesteps: strided, trailing, log_snr, leading, linspace or karlo.'
+_VARIANCE_HELP = 'Of ddpm: fixed_small, fixed_large or learned.'
+_SPACING_HELP = (
+  'Of the timesteps: strided, trailing, log_snr, leading, linspace, inner, karlo or fast27.'
+)
 _RESCALE_HELP = 'From 0 to 1: how much of the contrast that guidance adds is taken back.'
 _INTERVAL_HELP = 'Guide between these shares of the noise schedule only, from 0 to 1: faster.'
 # Of each stage: the end of an option's name, the field of `Sampling`, its type, and its help.
 _SAMPLING: tuple[tuple[str, str, Any, str], ...] = (
   ('steps', 'num_steps', int, 'Denoising steps.'),
   ('sampler', 'sampler', str, _SAMPLER_HELP),
+  ('variance', 'variance', str, _VARIANCE_HELP),
   ('eta', 'eta', float, _ETA_HELP),
   ('spacing', 'spacing', str, _SPACING_HELP),
   ('guidance', 'guidance_scale', float, _GUIDANCE_HELP),

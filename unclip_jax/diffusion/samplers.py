@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from unclip_jax.diffusion.gaussian import per_sample, posterior_mean, signal_and_noise
 from unclip_jax.types import Array, DenoiseFn, Prediction, Step, UnclipError
@@ -108,7 +109,7 @@ def ddim(eta: float | Array = 0.0) -> Sampler:
   Raises:
     UnclipError: a number that is not within [0, 1].
   """
-  if isinstance(eta, int | float) and not 0 <= eta <= 1:
+  if isinstance(eta, int | float | np.number) and not 0 <= eta <= 1:
     raise UnclipError(f'eta {eta} is not within 0..1')
 
   def step_fn(key_b, x_t, prediction, step, state):

@@ -84,7 +84,7 @@ def dpm_solver_pp(eta: float | Array = 0.0) -> Sampler:
   Raises:
     UnclipError: a number that is not within [0, 1].
   """
-  if isinstance(eta, int | float) and not 0 <= eta <= 1:
+  if isinstance(eta, int | float | np.number) and not 0 <= eta <= 1:
     raise UnclipError(f'eta {eta} is not within 0..1')
 
   def step_fn(key_b, x_t, prediction, step, last):
@@ -174,7 +174,8 @@ def plms(prediction_type: gaussian.PredictionType = 'eps') -> Sampler:
 
   def step_fn(key_b, x_t, prediction, step, state):
     output = gaussian.training_target(prediction.x_0, prediction.eps, step, prediction_type)
-    stays = step.alpha_bar_next == step.alpha_bar
+    # Where nothing came before, as in a loop that begins with such a row, x stays too.
+    stays = (step.alpha_bar_next == step.alpha_bar) & (state.count > 0)
     weights = jnp.asarray(ADAMS_BASHFORTH)[jnp.minimum(state.count, 3)]
     mean = sum(w * past for w, past in zip(weights, (output, *state.outputs), strict=True))
     mean = jnp.where(stays, (output + state.outputs[0]) / 2, mean)

@@ -1,7 +1,8 @@
 """A benchmark's figures, of `systems.bench.measure`: as text of 100 columns, JSON, a picture."""
 
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,13 @@ def check_can_plot(path: str | Path) -> None:
 
 
 def write_json(path: Path, results: Mapping[str, Any]) -> None:
-  """All figures."""
-  path.write_text(json.dumps(results, indent=2) + '\n')
+  """All figures; what was there stays until they are whole.
+
+  Raises:
+    UnclipError: they cannot be written, a full disk for instance.
+  """
+  text = json.dumps(results, indent=2) + '\n'
+  _write(path, lambda part: part.write_text(text, encoding='utf-8'))
 
 
 def to_text(results: Mapping[str, Any]) -> str:
@@ -57,7 +63,11 @@ def to_text(results: Mapping[str, Any]) -> str:
 
 
 def plot(path: Path, results: Mapping[str, Any]) -> None:
-  """Images a second by batch size; beside them the ratios to the peer, or the shares of peaks."""
+  """Images a second by batch size; beside them the ratios to the peer, or the shares of peaks.
+
+  Raises:
+    UnclipError: it cannot be written, a full disk for instance.
+  """
   from matplotlib.figure import Figure
 
   figure = Figure(figsize=(11, 4.5), layout='constrained')
@@ -91,7 +101,21 @@ def plot(path: Path, results: Mapping[str, Any]) -> None:
     right.set_xlabel('times the speed of the peer' if is_ratio else 'share of the matrix peak')
   about = results['about']
   figure.suptitle(f'{about["model"]}, {about["dtype"]}, {about["device"]}, {about["date"]}')
-  figure.savefig(path, dpi=150)
+  kind = path.suffix.removeprefix('.').lower() or 'png'
+  _write(path, lambda part: figure.savefig(part, dpi=150, format=kind))
+
+
+def _write(path: Path, write: Callable[[Path], Any]) -> None:
+  """Through another name, so that the right one only ever holds a whole file."""
+  part = path.with_name(f'.{path.name}.{os.getpid()}.part')
+  try:
+    write(part)
+    part.replace(path)
+  except OSError as error:
+    part.unlink(missing_ok=True)
+    raise UnclipError(
+      f'{path} cannot be written ({error.strerror or error}): free some space or take another path'
+    ) from error
 
 
 def _ratio_bars(results: Mapping[str, Any]) -> list[tuple[str, float, float, float]]:
@@ -235,13 +259,17 @@ def _peer(results: Mapping[str, Any]) -> str:
 
 
 def _steps(results: Mapping[str, Any]) -> list[str]:
-  return [
-    f'a step of the prior at batch {e["batch_size"]}: {e["step"]["seconds"]["median"] * 1e3:.3g} '
-    f'ms, weights at {e["step"]["weights_bytes_per_second"] / 1e9:.3g} GB/s, '
-    f'{e["step"]["share_of_skinny"]:.0%} of the skinny product'
-    for e in results['stages']
-    if 'step' in e
-  ]
+  lines = []
+  for entry in results['stages']:
+    if step := entry.get('step'):
+      share = _of(step, 'share_of_skinny', '.0%')
+      lines.append(
+        f'a step of the prior at batch {entry["batch_size"]}: '
+        f'{step["seconds"]["median"] * 1e3:.3g} ms, weights at '
+        f'{step["weights_bytes_per_second"] / 1e9:.3g} GB/s'
+        + (f', {share} of the skinny product' if share else '')
+      )
+  return lines
 
 
 def _name(entry: Mapping[str, Any]) -> str:

@@ -68,6 +68,12 @@ def check(subject: Subject, options: Options, peer: Peer | None = None) -> list[
   settings.check_dtype(options.dtype)
   for size in options.batch_sizes:
     settings.check_count('the batch size', size)
+  asked = {'batch size': options.batch_sizes, 'number of devices': options.devices}
+  for name, numbers in asked.items():
+    if twice := [n for n in numbers if numbers.count(n) > 1]:
+      raise UnclipError(f'the {name} {twice[0]} is asked for twice: give it once')
+  if peer is not None and 1 not in options.devices:
+    raise UnclipError(f'{peer.name} runs on one device: let 1 be among the numbers of devices')
   for count in options.devices:
     make_mesh(settings.check_count('the number of devices', count))
   settings.check_count('the number of rounds', options.rounds)
@@ -108,8 +114,7 @@ def measure(
     UnclipError: as `check`, or the run before was not like this one.
   """
   wanted = check(subject, options, peer)
-  is_guided = make_request(subject, options, 1).prior
-  rows = _SUFFIX * (2 if is_guided is not None and is_guided.guidance_scale is not None else 1)
+  rows = _rows_of_prior(make_request(subject, options, 1)) * min(options.batch_sizes)
   results: dict[str, Any] = {
     'about': figures.about(subject, options),
     'stages': [],
@@ -258,7 +263,8 @@ class _Bench:
         [steps - steps // 2] * self.options.rounds,
       )
       if each.median > 0:  # else it is less than what runs differ by
-        entry['step'] = self.step_of_prior(each)
+        rows = _rows_of_prior(request) * batch // devices
+        entry['step'] = {'rows': rows, **self.step_of_prior(each)}
     if twin is not None:
       ours = _result(results[OURS])
       entry['peer'] = {
@@ -282,6 +288,14 @@ class _Bench:
     weights = 12 * config.depth * config.width**2 + 2 * config.embed_dim * config.width
     read = weights * self.dtype.itemsize
     return {'seconds': figures.plain(each), 'weights_bytes_per_second': read / each.median}
+
+
+def _rows_of_prior(request: Request) -> int:
+  """Rows of the prior's products at each step, of one picture."""
+  if request.prior is None:
+    return _SUFFIX
+  pair = 1 if request.prior.guidance_scale is None else 2
+  return _SUFFIX * pair * request.num_candidates
 
 
 def compile_calls(calls: Sequence[Call], params: Params) -> tuple[list[jax.stages.Compiled], float]:

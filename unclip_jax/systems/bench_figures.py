@@ -36,7 +36,8 @@ def add_shares(entry: dict[str, Any], peaks: Peaks) -> None:
   entry['share_of_copy'] = entry['bytes'] / took / peaks.bytes_per_second
   if 'step' in entry:
     step = entry['step']
-    step['share_of_skinny'] = step['weights_bytes_per_second'] / peaks.skinny_bytes_per_second
+    if step['rows'] == peaks.skinny_rows:
+      step['share_of_skinny'] = step['weights_bytes_per_second'] / peaks.skinny_bytes_per_second
 
 
 def errors(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
@@ -93,7 +94,7 @@ def sums(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
   """End to end as the sum of stages, where both sides do not fit into memory at once."""
   found = []
   for batch in dict.fromkeys(entry['batch_size'] for entry in entries):
-    stages = [e for e in entries if e['batch_size'] == batch and 'peer' in e]
+    stages = [e for e in entries if (e['batch_size'], e['devices']) == (batch, 1)]
     ours = [sum(v) for v in zip(*(e['seconds']['values'] for e in stages), strict=True)]
     names = [set(e['peer']['contenders']) for e in stages]
     contenders = {}

@@ -32,6 +32,8 @@ class Outputs(NamedTuple):
       UnclipError: one cannot, there is nothing to plot with, or nothing to continue; nothing has
         been measured yet.
     """
+    if json is not None and plot is not None and Path(json) == Path(plot):
+      raise UnclipError(f'--json and --plot both write {json}: give them names of their own')
     before = _read(json) if resume else None
     if plot is not None:
       report.check_can_plot(plot)
@@ -74,7 +76,7 @@ def run(
 
   tell = lambda line: print(line, file=sys.stderr)  # noqa: E731
   results = bench.measure(subject, options, peer, tell, save, outputs.before)
-  print(report.to_text(results))
+  print(report.to_text(results), flush=True)
   save(results)
   if outputs.plot is not None:
     report.plot(outputs.plot, results)

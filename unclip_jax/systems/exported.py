@@ -12,7 +12,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from unclip_jax.config_json import from_json, to_json
 from unclip_jax.nn import columns
 from unclip_jax.systems import formats, requests, settings
 from unclip_jax.systems.convert import write_ours
-from unclip_jax.systems.fused import Fused
+from unclip_jax.systems.fused import Drawn, Fused, Inputs
 from unclip_jax.systems.settings import Sampling
 from unclip_jax.types import Params, UnclipError
 from unclip_jax.weights.safetensors import reach, write_atomically
@@ -153,7 +153,7 @@ def load_exported(folder: str | os.PathLike[str]) -> Fused:
     requests.Samplings(*samplings),
     fields['num_candidates'],
     fields['size'],
-    jax.jit(exported.call),
+    _runner(exported, folder / PROGRAM_NAME, fields['jax_version']),
     eps_power=opened.eps_power,
   )
   expected, _ = fused.made_for
@@ -163,6 +163,24 @@ def load_exported(folder: str | os.PathLike[str]) -> Fused:
       'than this version makes: export it again, or install that version'
     )
   return dataclasses.replace(fused, params=_read_params(opened, params))
+
+
+def _runner(exported: export.Exported, path: epath.Path, version: str) -> Callable[..., Drawn]:
+  """The program, which the compiler of this machine may not be able to read."""
+  jitted = jax.jit(exported.call)
+
+  def run(params: Mapping[str, Params], inputs: Inputs) -> Drawn:
+    try:
+      return jitted(params, inputs)
+    except jax.errors.JaxRuntimeError as error:
+      if 'StableHLO' not in str(error):
+        raise
+      raise UnclipError(
+        f'{path} was exported by jax {version}, and jax {jax.__version__} cannot compile it: '
+        'export it again, or install that jax'
+      ) from error
+
+  return run
 
 
 def _write(data: bytes, path: Path) -> None:
