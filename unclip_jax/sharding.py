@@ -161,9 +161,10 @@ def state_shardings(state: Any, mesh: Mesh, fsdp: bool = False) -> Any:
 
 def make_state(make: Callable[[], Any], mesh: Mesh, fsdp: bool = False) -> Any:
   """A state whose arrays are made where `state_shardings` says: no device has to hold all of it."""
-  if mesh.size == 1:  # it has to, and one program of so many draws takes long to compile
-    return place_state(make(), mesh)
-  return jax.jit(make, out_shardings=state_shardings(jax.eval_shape(make), mesh, fsdp))()
+  shardings = state_shardings(jax.eval_shape(make), mesh, fsdp)
+  # As fast as any for what runs once, and compiled in a fifth of the time.
+  options = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
+  return jax.jit(make, out_shardings=shardings, compiler_options=options)()
 
 
 def place_state(state: Any, mesh: Mesh, fsdp: bool = False) -> Any:
