@@ -54,8 +54,8 @@ def start_processes(
     coordinator: HOST:PORT of process 0, where they meet.
     num_processes: how many there are.
     process_id: of this one, from 0.
-    heartbeat_seconds: after so long without a sign of a process JAX ends the others, and names it;
-      None is HEARTBEAT_SECONDS.
+    heartbeat_seconds: after so long without a sign of a process JAX ends the others, and gives its
+      number; None is HEARTBEAT_SECONDS.
 
   Raises:
     UnclipError: there is no launcher that JAX knows, or the arguments do not go together.

@@ -261,8 +261,8 @@ def _join(given: dict[str, Any]) -> bool:
     return False
   print(
     f'waiting for the other processes, {processes.START_SECONDS} s at most; should one die, JAX '
-    f'ends the others within about {seconds} s and says which: task:1 is process 1, the leader is '
-    'process 0. Start all again then: they continue from the last checkpoint',
+    f'ends the others within about {seconds} s and gives its number (process 0 is the leader). '
+    'Start all again then: they continue from the last checkpoint',
     file=sys.stderr,
     flush=True,
   )
