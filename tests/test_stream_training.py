@@ -123,7 +123,7 @@ def test_an_upsampler_learns_from_pictures_of_a_folder(degradation, tmp_path):
 
 def test_a_decoder_learns_from_what_clip_sees_of_them(shards, whole, tmp_path):
   arguments = [f'--run={whole}', f'--shards={shards}', *SHORT, '--draft-steps=0']
-  small = ['--set=decoder.image_size=8', '--set=decoder.draft_size=0']
+  small = ['--set=decoder.image_size=8', '--set=upsamplers.0.low_size=8']
   small += ['--set=decoder.unet.multipliers=[1]', '--set=decoder.unet.attention_levels=[0]']
   train_decoder.main([*arguments, *small, '--set=decoder.sampling.num_steps=1'])
   assert [*losses(whole, 'decoder')] == [1, 2, 3, 4]
@@ -152,7 +152,7 @@ def test_a_source_that_is_too_small_is_named(tmp_path):
 
 def test_a_model_keeps_its_tokenizer_and_a_preset_takes_another(tmp_path):
   def parse(*options):
-    return parse_options([f'--run={tmp_path}', *options], '', OptimizerConfig(), 1, 1)
+    return parse_options([f'--run={tmp_path}', '--chunk=1', *options], '', OptimizerConfig(), 1, 1)
 
   with pytest.raises(UnclipError, match='--tokenizer: --init default has its own'):
     parse('--init=default', '--tokenizer=clip')
