@@ -11,6 +11,7 @@ from trained_processes import SHORT, by_hand, losses, measure_nothing, train_twi
 
 from experiments.emoji import train_clip, train_decoder, train_upsampler
 from experiments.emoji.options import parse_options
+from unclip_jax.systems.bad_step import read_bad_step
 from unclip_jax.systems.unclip import load
 from unclip_jax.train.log import RunLog
 from unclip_jax.train.state import OptimizerConfig
@@ -123,7 +124,7 @@ def test_an_upsampler_learns_from_pictures_of_a_folder(degradation, tmp_path):
 
 def test_a_decoder_learns_from_what_clip_sees_of_them(shards, whole, tmp_path):
   arguments = [f'--run={whole}', f'--shards={shards}', *SHORT, '--draft-steps=0']
-  small = ['--set=decoder.image_size=8', '--set=upsamplers.0.low_size=8']
+  small = ['--set=decoder.image_size=8', '--set=decoder.draft_size=0']
   small += ['--set=decoder.unet.multipliers=[1]', '--set=decoder.unet.attention_levels=[0]']
   train_decoder.main([*arguments, *small, '--set=decoder.sampling.num_steps=1'])
   assert [*losses(whole, 'decoder')] == [1, 2, 3, 4]
@@ -152,7 +153,7 @@ def test_a_source_that_is_too_small_is_named(tmp_path):
 
 def test_a_model_keeps_its_tokenizer_and_a_preset_takes_another(tmp_path):
   def parse(*options):
-    return parse_options([f'--run={tmp_path}', '--chunk=1', *options], '', OptimizerConfig(), 1, 1)
+    return parse_options([f'--run={tmp_path}', *options], '', OptimizerConfig(), 1, 1)
 
   with pytest.raises(UnclipError, match='--tokenizer: --init default has its own'):
     parse('--init=default', '--tokenizer=clip')
@@ -160,3 +161,16 @@ def test_a_model_keeps_its_tokenizer_and_a_preset_takes_another(tmp_path):
   assert train.tokenizer.vocab_size == train.config.clip.text.vocab_size == 49408
   train.tokenizer.save(tmp_path / 'tokenizer.json')
   assert parse('--preset=tiny').tokenizer.vocab_size == 49408  # the run's own
+
+
+def test_a_bad_step_on_pictures_is_kept_with_the_names_of_its_examples(shards, tmp_path):
+  """Of the updates between two lines of the log those after it are not made."""
+  options = [*SHORT, '--chunk=4', '--set=optimizer.learning_rate=1e30']
+  with pytest.raises(UnclipError, match=r'is (nan|inf) at step 1: '):
+    train_upsampler.main([f'--run={tmp_path}', f'--shards={shards}', *options])
+  bad_step = read_bad_step(tmp_path / 'upsampler_0' / 'bad_step_1')
+  examples = bad_step.about['examples']
+  assert len(examples) == 8 and all('.tar/' in example['id'] for example in examples)
+  assert int(bad_step.inputs['state.step']) == 1
+  metrics = bad_step.run()
+  assert not np.isfinite([metrics['loss'], metrics['grad_norm']]).all()
