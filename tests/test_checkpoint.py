@@ -1,10 +1,13 @@
 """Checkpoints: a run continued from one equals a run that was never stopped."""
 
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import jax
@@ -12,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from orbax.checkpoint._src.serialization import jax_array_handlers
+from processes import start_function
 
 from unclip_jax.train.state import init_state, make_multi_step, make_train_step
 from unclip_jax.types import UnclipError
@@ -134,27 +139,86 @@ def test_another_architecture_is_named(saved, change, message):
     checkpoints.restore(make_state()._replace(params=change))
 
 
-@pytest.mark.parametrize('name', ['_METADATA', 'manifest.ocdbt', 'd/*', '_sharding'])
-def test_a_damaged_checkpoint_is_named(saved, name):
-  for path in (saved / '5' / 'state').glob(name):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+def truncate(path):
+  path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path):
+  content = bytearray(path.read_bytes())
+  content[len(content) // 2] ^= 1
+  path.write_bytes(content)
+
+
+DAMAGES = [
+  *((truncate, name) for name in ('_METADATA', 'manifest.ocdbt', 'd/*', '_sharding')),
+  *((flip, name) for name in ('manifest.ocdbt', 'd/*')),
+  *((Path.unlink, name) for name in ('_METADATA', 'manifest.ocdbt', 'd/*')),
+]
+
+
+def damage_and_restore(folder: str) -> None:
+  """Says for each damage what comes back with the one before it, and without."""
+  whole = Path(folder) / 'whole'
+  for change, name in DAMAGES:
+    paths = list((whole / '7' / 'state').glob(name))
+    assert paths, name
+    for path in paths:
+      shutil.rmtree(run := Path(folder) / 'run', ignore_errors=True)
+      shutil.copytree(whole, run)
+      change(run / path.relative_to(whole))
+      said = []
+      with Checkpoints(run, say=said.append) as checkpoints:
+        state = checkpoints.restore(make_state())
+        assert int(state.step) == 5, (change, path)
+        assert_equal(state, make_state()._replace(step=jnp.int32(5)))
+        (line,) = said
+        assert 'run/7 is damaged, and called damaged_7 from now on: step 5 is' in line
+        assert {path.name for path in run.iterdir()} == {'5', 'damaged_7'}
+        checkpoints.save(7, make_state()._replace(step=jnp.int32(77)))
+        assert int(checkpoints.restore(make_state()).step) == 77
+      shutil.rmtree(run)
+      shutil.copytree(whole / '7', run / '7')
+      change(run / path.relative_to(whole))
+      with Checkpoints(run, say=said.append) as checkpoints:
+        with pytest.raises(UnclipError, match=r'run/7 (is damaged|has)'):
+          checkpoints.restore(make_state())
+        assert checkpoints.latest_step() == 7 and len(said) == 1
+    print(change.__name__, name)
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path):
+  with Checkpoints(tmp_path / 'whole') as checkpoints:
+    for step in (5, 7):
+      checkpoints.save(step, make_state()._replace(step=jnp.int32(step)))
   # In a process of its own: TensorStore calls back late into what it abandoned, which pytest would
   # hold against whichever test runs by then.
-  script = f"""
-import sys
-sys.path.insert(0, {str(Path(__file__).parents[1])!r})
-from tests.test_checkpoint import make_state
-from unclip_jax.types import UnclipError
-from unclip_jax.weights.checkpoint import Checkpoints
-with Checkpoints({str(saved)!r}) as checkpoints:
-  try:
-    checkpoints.restore(make_state())
-  except UnclipError as error:
-    print(error)
-"""
-  done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, check=False)
-  assert done.returncode == 0, done.stderr
-  assert '5 is damaged' in done.stdout
+  env = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '--xla_backend_optimization_level=0'}
+  said, errors = start_function(damage_and_restore, tmp_path, env=env).communicate()
+  assert said.split('\n')[:-1] == [f'{change.__name__} {name}' for change, name in DAMAGES], errors
+
+
+def test_a_write_goes_on_while_the_state_is_given_away(tmp_path, monkeypatch):
+  """The files are written once the state is gone, and many updates later."""
+  may_write = threading.Event()
+  step = jax.jit(make_multi_step(make_train_step(loss_fn, OPTIMIZER, 0.99), 1, 4), donate_argnums=0)
+  state = step(make_state(), POOL, KEY)[0]
+  wanted = jax.tree.map(np.array, state)
+  begin = jax_array_handlers._async_serialize_replica_slices
+
+  async def hold_back(*args, **kwargs):
+    may_write.wait(60)
+    return await begin(*args, **kwargs)
+
+  monkeypatch.setattr(jax_array_handlers, '_async_serialize_replica_slices', hold_back)
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save_async(1, state)
+    for _ in range(5):
+      state, _ = step(state, POOL, KEY)
+      checkpoints.check()
+    assert int(state.step) == 6 and not (tmp_path / '1').exists()
+    may_write.set()
+    assert checkpoints.latest_step() == 1
+    assert_equal(checkpoints.restore(make_state()), wanted)
 
 
 def test_unwritable_folder_is_named(tmp_path):
@@ -163,19 +227,30 @@ def test_unwritable_folder_is_named(tmp_path):
     Checkpoints(tmp_path / 'file' / 'run')
 
 
+def fill_the_disk(folder: str) -> None:
+  """A limit on the size of files stands for it."""
+  resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
+  noise = {'w': jnp.asarray(np.random.default_rng(0).normal(size=(400, 400)))}
+  with Checkpoints(folder, keep=1) as checkpoints:
+    for save in (checkpoints.save, checkpoints.save_async):
+      with pytest.raises(UnclipError, match=r'cannot write the checkpoint of step 6 .*: free'):
+        save(6, noise)
+        while True:  # the write of `save_async` fails on its own
+          checkpoints.check()
+          time.sleep(0.01)
+      assert checkpoints.latest_step() == 5
+      assert {path.name for path in Path(folder).iterdir()} == {'5'}
+    with pytest.raises(KeyError), Checkpoints(folder) as again:
+      again.save_async(6, noise)
+      raise KeyError  # which is not hidden by what else goes wrong
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    checkpoints.save(6, noise)
+    assert checkpoints.latest_step() == 6
+
+
 def test_full_disk_is_named_and_earlier_checkpoints_stay(saved):
-  # A limit on the size of files stands for the full disk; in a process of its own, it stays there.
-  script = f"""
-import resource, jax.numpy as jnp, numpy as np
-from unclip_jax.weights.checkpoint import Checkpoints
-resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-noise = np.random.default_rng(0).normal(size=(400, 400))
-with Checkpoints({str(saved)!r}) as checkpoints:
-  checkpoints.save(6, {{'w': jnp.asarray(noise)}})
-"""
-  done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, check=False)
-  assert done.returncode == 1
-  assert 'UnclipError: cannot write the checkpoint of step 6' in done.stderr
-  with Checkpoints(saved) as checkpoints:
-    assert checkpoints.latest_step() == 5
-  assert {path.name for path in Path(saved).iterdir()} == {'5'}
+  process = start_function(fill_the_disk, saved, env=os.environ)
+  _, said = process.communicate()
+  assert process.returncode == 0, said
+  assert said == ''  # no pages of what Orbax thinks of it
+  assert {path.name for path in Path(saved).iterdir()} == {'6'}

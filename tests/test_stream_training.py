@@ -11,6 +11,7 @@ from trained_processes import SHORT, by_hand, losses, measure_nothing, train_twi
 
 from experiments.emoji import train_clip, train_decoder, train_upsampler
 from experiments.emoji.options import parse_options
+from unclip_jax.systems.bad_step import read_bad_step
 from unclip_jax.systems.unclip import load
 from unclip_jax.train.log import RunLog
 from unclip_jax.train.state import OptimizerConfig
@@ -160,3 +161,16 @@ def test_a_model_keeps_its_tokenizer_and_a_preset_takes_another(tmp_path):
   assert train.tokenizer.vocab_size == train.config.clip.text.vocab_size == 49408
   train.tokenizer.save(tmp_path / 'tokenizer.json')
   assert parse('--preset=tiny').tokenizer.vocab_size == 49408  # the run's own
+
+
+def test_a_bad_step_on_pictures_is_kept_with_the_names_of_its_examples(shards, tmp_path):
+  """Of the updates between two lines of the log those after it are not made."""
+  options = [*SHORT, '--chunk=4', '--set=optimizer.learning_rate=1e30']
+  with pytest.raises(UnclipError, match=r'is (nan|inf) at step 1: '):
+    train_upsampler.main([f'--run={tmp_path}', f'--shards={shards}', *options])
+  bad_step = read_bad_step(tmp_path / 'upsampler_0' / 'bad_step_1')
+  examples = bad_step.about['examples']
+  assert len(examples) == 8 and all('.tar/' in example['id'] for example in examples)
+  assert int(bad_step.inputs['state.step']) == 1
+  metrics = bad_step.run()
+  assert not np.isfinite([metrics['loss'], metrics['grad_norm']]).all()

@@ -25,6 +25,7 @@ from unclip_jax.nn.clip import TextFeatures
 from unclip_jax.stages import clip
 from unclip_jax.systems.formats import open_model, read_vocabulary
 from unclip_jax.systems.loading import find_folder
+from unclip_jax.train.guard import guarded
 from unclip_jax.train.state import (
   GradFn,
   LossFn,
@@ -87,6 +88,8 @@ def make_updates(
 ) -> Callable[[TrainState, Any, Array], tuple[TrainState, Metrics]]:
   """A function (state, data, key) -> (state, metrics [chunk]) that makes `train.chunk` updates.
 
+  Bad ones are left out as the options say: `bad_steps.make_watch` looks at the metrics.
+
   The data are a pool of arrays, of which a program draws its batches, or a `Stream` of those of
   pictures. On an accelerator the updates on a pool are one program, else each is its own. The state
   stays split over the devices as the options say: place it by `sharding.place_state(state, mesh,
@@ -99,7 +102,8 @@ def make_updates(
     frozen: parameters that no update changes. With them the step is given (batch, frozen) as its
       batch: an argument of the program, as constants of it they would be compiled in.
   """
-  streams, mesh = train.source is not None, make_mesh(train)
+  streams, stops, mesh = train.source is not None, train.on_bad_loss == 'stop', make_mesh(train)
+  train_step = guarded(train_step, stops, train.spike_factor)
   at_once = 1 if streams or _on_cpu() else train.chunk
 
   def multi_step(
@@ -117,7 +121,10 @@ def make_updates(
   def updates(state: TrainState, data: Any, key: Array) -> tuple[TrainState, Metrics]:
     first, rows = int(state.step), []
     for step in range(first, first + train.chunk, at_once):
-      state, metrics = program(state, data.batch(step) if streams else data, key, frozen)
+      pool = data.batch(step) if streams else data
+      if streams and stops and int(state.step) < step:  # the step before was bad, and comes again
+        break
+      state, metrics = program(state, pool, key, frozen)
       rows.append(metrics)
     return state, jax.tree.map(lambda *columns: np.concatenate(columns), *rows)
 

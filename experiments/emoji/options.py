@@ -49,6 +49,9 @@ class TrainConfig:
     steps, batch_size, ema_decay: as they say.
     chunk: updates between two lines of the log.
     save_every: updates between checkpoints.
+    keep: how many of the latest checkpoints stay.
+    on_bad_loss: 'stop' or 'skip', what becomes of a step whose loss is bad, see `train/guard.py`.
+    spike_factor: times the median of the last losses, from where one is bad; None takes any.
     draft_steps: updates of the decoder's draft alone, before the first of the decoder.
     minutes: stop, with a checkpoint, after so long; None trains all steps.
     pool_size: composed examples held in memory, from which batches are drawn.
@@ -85,6 +88,9 @@ class TrainConfig:
   ema_decay: float
   chunk: int
   save_every: int
+  keep: int
+  on_bad_loss: str
+  spike_factor: float | None
   draft_steps: int
   minutes: float | None
   pool_size: int
@@ -273,11 +279,14 @@ def _join(given: dict[str, Any]) -> bool:
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
-  for name in ('steps', 'batch_size', 'chunk', 'save_every', 'model_devices', 'accumulate'):
+  positive = ('steps', 'batch_size', 'chunk', 'save_every', 'keep', 'model_devices', 'accumulate')
+  for name in positive:
     if getattr(args, name) < 1:
       raise UnclipError(f'--{name.replace("_", "-")} {getattr(args, name)}: take 1 or more')
   if args.steps % args.chunk:
     raise UnclipError(f'--steps {args.steps}: take a multiple of --chunk {args.chunk}')
+  if args.spike_factor is not None and not 1 < args.spike_factor < math.inf:
+    raise UnclipError(f'--spike-factor {args.spike_factor:g}: take a number above 1')
   if args.draft_steps < 0:
     raise UnclipError(f'--draft-steps {args.draft_steps}: take 0 or more')
   if args.source is None and args.pool_size < args.batch_size:

@@ -69,7 +69,8 @@ def start_from(train: TrainConfig, params: Params, *path: str) -> Params:
   Raises:
     UnclipError: there is no such model, it has no such stage, or a weight of it has another shape.
   """
-  continues = any((train.run / path[0] / 'checkpoints').glob('[0-9]*'))
+  there = (train.run / path[0] / 'checkpoints').glob('*')
+  continues = any(folder.name.isdecimal() for folder in there)  # not what a killed write has left
   if train.init is None or (continues and not train.trains_adapters):
     return params
   given: Any = read_init(train, path[0])

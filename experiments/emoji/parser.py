@@ -51,6 +51,11 @@ def make_parser(description: str) -> Parser:
   add('--ema-decay', type=float, help='of the average that is exported')
   add('--chunk', type=int, help='updates between log lines (100, on a CPU 20)')
   add('--save-every', type=int, default=1000, help='updates between checkpoints')
+  add('--keep', type=int, default=2, help='how many of the latest checkpoints stay')
+  bad_help = 'at a loss that is NaN, infinite or a spike: stop with a snapshot, or skip the step'
+  add('--on-bad-loss', choices=('stop', 'skip'), default='stop', help=bad_help)
+  spike_help = 'times the median of the last 64 losses, from where a loss is a spike (none is)'
+  add('--spike-factor', type=float, metavar='FACTOR', help=spike_help)
   add(
     '--draft-steps', type=int, default=2500, help="of the decoder's draft first; 0 keeps --init's"
   )

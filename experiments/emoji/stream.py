@@ -83,11 +83,20 @@ class Stream:
 
   def batch(self, step: int) -> Arrays:
     """Arrays [batch_size, ...]; those of the next steps are read meanwhile."""
+    rows = _arrays(self._read(step))
+    return self._prepare(sharding.place_rows(rows, self._batch_size, self._mesh))
+
+  def examples(self, step: int) -> list[dict[str, Any]]:
+    """Ids and captions of those of a batch that this process reads."""
+    rows = self._read(step)
+    columns = rows['id'], rows['caption']
+    return [{'id': one, 'caption': text} for one, text in zip(*columns, strict=True)]
+
+  def _read(self, step: int) -> dict[str, Any]:
     state = self._pipeline.get_state()
     if state['next_batch'] != step:
       self._pipeline.set_state(state | {'next_batch': step})
-    rows = _arrays(next(self._pipeline))
-    return self._prepare(sharding.place_rows(rows, self._batch_size, self._mesh))
+    return next(self._pipeline)
 
 
 def open_stream(

@@ -14,9 +14,10 @@ import jax
 import numpy as np
 
 from experiments.emoji import common, origin
+from experiments.emoji.bad_steps import make_watch
 from experiments.emoji.options import TrainConfig, parse_options, save_options
 from experiments.emoji.stored import read_embeddings
-from unclip_jax import sharding
+from unclip_jax import processes, sharding
 from unclip_jax.configs import ArPriorConfig, UnclipConfig
 from unclip_jax.nn.layers import l2_normalize
 from unclip_jax.presets import EMOJI_SMALL_AR
@@ -25,13 +26,8 @@ from unclip_jax.stages.ar_prior import Quantiser
 from unclip_jax.systems.loading import find_folder
 from unclip_jax.train import pca
 from unclip_jax.train.log import RunLog
-from unclip_jax.train.state import (
-  OptimizerConfig,
-  check_finite,
-  gather,
-  init_state,
-  make_optimizer,
-)
+from unclip_jax.train.preemption import Preemption
+from unclip_jax.train.state import OptimizerConfig, gather, init_state, make_optimizer
 from unclip_jax.types import Array, UnclipError
 from unclip_jax.weights.checkpoint import Checkpoints
 from unclip_jax.weights.folder import MANIFEST_NAME, read_manifest
@@ -155,27 +151,31 @@ def main(argv: list[str] | None = None) -> None:
   data = sharding.place_whole(arrays, mesh)
   folder = train.run / 'prior'
   save_options(train, folder)
-  with Checkpoints(folder / 'checkpoints') as checkpoints:
+  watch = make_watch(train, folder, train_step, make_batch)
+  with Checkpoints(folder / 'checkpoints', train.keep) as checkpoints:
     if checkpoints.latest_step() is not None:
       state = checkpoints.restore(state)
     time_is_up = common.deadline(train.minutes)
-    with RunLog(folder, train.steps, resume_step=int(state.step)) as log:
+    preemption = Preemption(processes.any_process)
+    with preemption, RunLog(folder, train.steps, resume_step=int(state.step)) as log:
       log.message(about_quantiser)
       step = int(state.step)
-      while step < train.steps and not time_is_up():
+      while step < train.steps and not time_is_up() and not preemption.requested():
         state, metrics = updates(state, data, key_run)
-        check_finite(metrics, step)
+        metrics = watch(state, metrics, data, key_run)
         before, step = step, int(state.step)
         log.write(step, metrics, num_examples=train.chunk * train.batch_size)
+        checkpoints.check()
         if step // train.save_every > before // train.save_every:
-          checkpoints.save(step, state)
           measured = of_held_out(state.ema_params, held_out)
           log.write(step, measured)
           log.message(
             f'step {step}: {float(measured["val_bits"]):.3f} bits a component of held-out z_i, '
             f'the cosine of sampled and true ones is {float(measured["val_cosine"]):.3f}'
           )
+          checkpoints.save_async(step, state)
       checkpoints.save(step, state)
+      preemption.leave(log.message, step)
       log.write_curves(['loss'])
   params = {'network': state.ema_params, 'quantiser': quantiser._asdict()}
   common.export_stage(train, 'prior', params)

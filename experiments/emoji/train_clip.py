@@ -12,10 +12,11 @@ import jax
 import numpy as np
 
 from experiments.emoji import captions, common, origin
+from experiments.emoji.bad_steps import make_watch
 from experiments.emoji.compose import load_sprites
 from experiments.emoji.options import TrainConfig, parse_options, save_options
 from experiments.emoji.stream import open_stream
-from unclip_jax import sharding
+from unclip_jax import processes, sharding
 from unclip_jax.configs import UnclipConfig
 from unclip_jax.data.pictures import PictureConfig
 from unclip_jax.evaluate.retrieval import is_first
@@ -23,15 +24,9 @@ from unclip_jax.evaluate.zero_shot import class_embeddings, fill_templates, zero
 from unclip_jax.stages import clip
 from unclip_jax.train.gradient_cache import make_cached_grad
 from unclip_jax.train.log import RunLog
+from unclip_jax.train.preemption import Preemption
 from unclip_jax.train.sam import make_sam_grad
-from unclip_jax.train.state import (
-  GradFn,
-  OptimizerConfig,
-  check_finite,
-  gather,
-  init_state,
-  make_optimizer,
-)
+from unclip_jax.train.state import GradFn, OptimizerConfig, gather, init_state, make_optimizer
 from unclip_jax.types import Params
 from unclip_jax.weights.checkpoint import Checkpoints
 
@@ -178,23 +173,27 @@ def main(
   state = sharding.place_state(init_state(params, optimizer), mesh, train.fsdp)
   folder = train.run / 'clip'
   save_options(train, folder)
-  with Checkpoints(folder / 'checkpoints') as checkpoints:
+  watch = make_watch(train, folder, train_step, make_batch)
+  with Checkpoints(folder / 'checkpoints', train.keep) as checkpoints:
     if checkpoints.latest_step() is not None:
       state = checkpoints.restore(state)
     time_is_up = common.deadline(train.minutes)
-    with RunLog(folder, train.steps, resume_step=int(state.step)) as log:
+    preemption = Preemption(processes.any_process)
+    with preemption, RunLog(folder, train.steps, resume_step=int(state.step)) as log:
       step = int(state.step)
-      while step < train.steps and not time_is_up():
+      while step < train.steps and not time_is_up() and not preemption.requested():
         state, metrics = updates(state, data, key_run)
-        check_finite(metrics, step)
+        metrics = watch(state, metrics, data, key_run)
         before, step = step, int(state.step)
         log.write(step, metrics, num_examples=train.chunk * train.batch_size)
+        checkpoints.check()
         if step // train.save_every > before // train.save_every:
-          checkpoints.save(step, state)
           values, line = evaluate(state.ema_params)
           log.write(step, values)
           log.message(f'step {step}: {line}')
+          checkpoints.save_async(step, state)
       checkpoints.save(step, state)
+      preemption.leave(log.message, step)
       log.message(f'step {step}: {evaluate(state.ema_params)[1]}')
       log.write_curves(['loss'])
   common.export_stage(train, 'clip', state.ema_params, splits)

@@ -14,18 +14,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.emoji import common, origin
+from experiments.emoji.bad_steps import make_watch
 from experiments.emoji.options import TrainConfig, parse_options, save_options
 from experiments.emoji.stream import open_stream
 from experiments.emoji.tuning import begin_tuning, export_tuned
-from unclip_jax import sharding
+from unclip_jax import processes, sharding
 from unclip_jax.data.pictures import PictureConfig
 from unclip_jax.images import make_grid
 from unclip_jax.stages import common as stage_common
 from unclip_jax.stages import decoder
 from unclip_jax.train.log import RunLog
+from unclip_jax.train.preemption import Preemption
 from unclip_jax.train.state import (
   OptimizerConfig,
-  check_finite,
   gather,
   init_state,
   make_optimizer,
@@ -131,14 +132,16 @@ def main(argv: list[str] | None = None) -> None:
       chunk=math.gcd(train.chunk, train.draft_steps),
     )
     optimizer = make_optimizer(DRAFT_OPTIMIZER, train.draft_steps)
-    updates = common.make_updates(ours, make_train_step(draft_loss_fn, optimizer, 0.0), make_batch)
+    train_step = make_train_step(draft_loss_fn, optimizer, 0.0)
+    updates = common.make_updates(ours, train_step, make_batch)
     state = sharding.place_state(init_state(params, optimizer), mesh, train.fsdp)
     folder = train.run / 'draft'
     save_options(ours, folder)
+    watch = make_watch(ours, folder, train_step, make_batch)
     with RunLog(folder, train.draft_steps) as log:
-      while (step := int(state.step)) < train.draft_steps:
+      while int(state.step) < train.draft_steps:
         state, metrics = updates(state, data, key)
-        check_finite(metrics, step)
+        metrics = watch(state, metrics, data, key)
         log.write(int(state.step), metrics, num_examples=ours.chunk * ours.batch_size)
       log.write_curves(['draft_mse'])
     return state.params
@@ -161,7 +164,8 @@ def main(argv: list[str] | None = None) -> None:
 
   folder = train.run / 'decoder'
   save_options(train, folder)
-  with Checkpoints(folder / 'checkpoints') as checkpoints:
+  watch = make_watch(train, folder, train_step, make_batch, tuning.frozen)
+  with Checkpoints(folder / 'checkpoints', train.keep) as checkpoints:
     is_new = checkpoints.latest_step() is None
     time_is_up = common.deadline(train.minutes)
     learns_draft = config.draft_size and train.draft_steps and is_new and not train.trains_adapters
@@ -171,19 +175,22 @@ def main(argv: list[str] | None = None) -> None:
       state = checkpoints.restore(state)
     elif learns_draft:
       checkpoints.save(0, state)
-    with RunLog(folder, train.steps, resume_step=int(state.step)) as log:
+    preemption = Preemption(processes.any_process)
+    with preemption, RunLog(folder, train.steps, resume_step=int(state.step)) as log:
       step = int(state.step)
-      while step < train.steps and not time_is_up():
+      while step < train.steps and not time_is_up() and not preemption.requested():
         state, metrics = updates(state, data, key_run)
-        check_finite(metrics, step)
+        metrics = watch(state, metrics, data, key_run)
         before, step = step, int(state.step)
         log.write(step, metrics, num_examples=train.chunk * train.batch_size)
+        checkpoints.check()
         if step // train.save_every > before // train.save_every:
-          checkpoints.save(step, state)
           images = common.to_uint8(reconstruct(tuning.whole(state.ema_params), held_out))
           pairs = np.stack([held_out['image'], images], axis=1).reshape(-1, *images.shape[1:])
           log.write_image(step, 'real_and_decoded', make_grid(pairs, 16))
+          checkpoints.save_async(step, state)
       checkpoints.save(step, state)
+      preemption.leave(log.message, step)
       log.write_curves(['loss', 'mse', *(['draft_mse'] if config.draft_size else [])])
   network = tuning.whole(state.ema_params)
   export_tuned(train, 'decoder', tuning, state.ema_params, network)

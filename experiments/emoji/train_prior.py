@@ -7,21 +7,17 @@ python -m experiments.emoji.train_prior --run runs/mine --embeddings z   # of em
 import jax
 
 from experiments.emoji import common, origin
+from experiments.emoji.bad_steps import make_watch
 from experiments.emoji.options import parse_options, save_options
 from experiments.emoji.stored import read_embeddings
 from experiments.emoji.tuning import begin_tuning, export_tuned
-from unclip_jax import sharding
+from unclip_jax import processes, sharding
 from unclip_jax.nn.layers import l2_normalize
 from unclip_jax.stages import common as stage_common
 from unclip_jax.stages import diffusion_prior
 from unclip_jax.train.log import RunLog
-from unclip_jax.train.state import (
-  OptimizerConfig,
-  check_finite,
-  gather,
-  init_state,
-  make_optimizer,
-)
+from unclip_jax.train.preemption import Preemption
+from unclip_jax.train.state import OptimizerConfig, gather, init_state, make_optimizer
 from unclip_jax.weights.checkpoint import Checkpoints
 
 NUM_HELD_OUT = 256
@@ -87,23 +83,27 @@ def main(argv: list[str] | None = None) -> None:
   data = sharding.place_whole(arrays, mesh)
   folder = train.run / 'prior'
   save_options(train, folder)
-  with Checkpoints(folder / 'checkpoints') as checkpoints:
+  watch = make_watch(train, folder, train_step, make_batch, tuning.frozen)
+  with Checkpoints(folder / 'checkpoints', train.keep) as checkpoints:
     if checkpoints.latest_step() is not None:
       state = checkpoints.restore(state)
     time_is_up = common.deadline(train.minutes)
-    with RunLog(folder, train.steps, resume_step=int(state.step)) as log:
+    preemption = Preemption(processes.any_process)
+    with preemption, RunLog(folder, train.steps, resume_step=int(state.step)) as log:
       step = int(state.step)
-      while step < train.steps and not time_is_up():
+      while step < train.steps and not time_is_up() and not preemption.requested():
         state, metrics = updates(state, data, key_run)
-        check_finite(metrics, step)
+        metrics = watch(state, metrics, data, key_run)
         before, step = step, int(state.step)
         log.write(step, metrics, num_examples=train.chunk * train.batch_size)
+        checkpoints.check()
         if step // train.save_every > before // train.save_every:
-          checkpoints.save(step, state)
           cosine = held_out_cosine(tuning.whole(state.ema_params), held_out)
           log.write(step, {'val_cosine': cosine})
           log.message(f'step {step}: cosine of sampled and true z_i is {float(cosine):.3f}')
+          checkpoints.save_async(step, state)
       checkpoints.save(step, state)
+      preemption.leave(log.message, step)
       log.write_curves(['loss'])
   network = tuning.whole(state.ema_params)
   params = {'network': network, 'statistics': statistics._asdict()}

@@ -12,22 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.emoji import common, origin
+from experiments.emoji.bad_steps import make_watch
 from experiments.emoji.compose import load_sprites
 from experiments.emoji.options import parse_options, save_options
 from experiments.emoji.stream import open_stream
-from unclip_jax import sharding
+from unclip_jax import processes, sharding
 from unclip_jax.data.degradations import area_downsample, bsr_degrade, gaussian_blur
 from unclip_jax.data.pictures import PictureConfig
 from unclip_jax.images import make_grid
 from unclip_jax.stages import common as stage_common
 from unclip_jax.stages import upsampler
 from unclip_jax.train.log import RunLog
-from unclip_jax.train.state import (
-  OptimizerConfig,
-  check_finite,
-  init_state,
-  make_optimizer,
-)
+from unclip_jax.train.preemption import Preemption
+from unclip_jax.train.state import OptimizerConfig, init_state, make_optimizer
 from unclip_jax.types import UnclipError
 from unclip_jax.weights.checkpoint import Checkpoints
 
@@ -59,15 +56,16 @@ def main(argv: list[str] | None = None) -> None:
     return jnp.round((low + 1) * 127.5).astype(jnp.uint8)
 
   def load(num_examples, splits):
-    """Pictures [n, image_size, image_size, 3] and the same, small, both uint8."""
-    images = common.compose(train, config.image_size, num_examples, splits).images
+    """Pictures [n, image_size, image_size, 3] and the same, small, both uint8; their captions."""
+    pool = common.compose(train, config.image_size, num_examples, splits)
+    images = pool.images
     if config.degradation == 'bsr':
       small = [bsr_degrade(image, scale, (train.seed, i)) for i, image in enumerate(images)]
     else:
       small = [
         row for i in range(0, len(images), 64) for row in np.asarray(shrink(images[i : i + 64]))
       ]
-    return {'image': jnp.asarray(images), 'low': jnp.asarray(np.stack(small))}
+    return {'image': jnp.asarray(images), 'low': jnp.asarray(np.stack(small))}, pool.captions
 
   def with_low(batch):
     return batch if 'low' in batch else {**batch, 'low': shrink(batch['image'])}
@@ -84,14 +82,15 @@ def main(argv: list[str] | None = None) -> None:
     data, held_out = open_stream(
       train, name, mesh, picture, NUM_HELD_OUT, reads_captions=False, prepare=with_low
     )
-    held_out = with_low(held_out)
+    held_out, captions = with_low(held_out), None
   elif (size := load_sprites(train.data).size) < config.image_size:
     raise UnclipError(
       f'the emoji of --data have {size} px, too few for pictures of {config.image_size}: first run '
       f'python -m experiments.emoji.build --size {config.image_size} --out DIR, then --data DIR'
     )
   else:
-    data, held_out = load(train.pool_size, ('train',)), load(NUM_HELD_OUT, ('val_pairs',))
+    data, captions = load(train.pool_size, ('train',))
+    held_out, _ = load(NUM_HELD_OUT, ('val_pairs',))
     data = sharding.place_whole(data, mesh)
 
   def loss_fn(params, batch, key):
@@ -141,24 +140,28 @@ def main(argv: list[str] | None = None) -> None:
   state = sharding.place_state(state, mesh, train.fsdp)
   folder = train.run / name
   save_options(train, folder)
-  with Checkpoints(folder / 'checkpoints') as checkpoints:
+  watch = make_watch(train, folder, train_step, make_batch, captions=captions)
+  with Checkpoints(folder / 'checkpoints', train.keep) as checkpoints:
     if checkpoints.latest_step() is not None:
       state = checkpoints.restore(state)
     time_is_up = common.deadline(train.minutes)
-    with RunLog(folder, train.steps, resume_step=int(state.step)) as log:
+    preemption = Preemption(processes.any_process)
+    with preemption, RunLog(folder, train.steps, resume_step=int(state.step)) as log:
       step = int(state.step)
-      while step < train.steps and not time_is_up():
+      while step < train.steps and not time_is_up() and not preemption.requested():
         state, metrics = updates(state, data, key_run)
-        check_finite(metrics, step)
+        metrics = watch(state, metrics, data, key_run)
         before, step = step, int(state.step)
         log.write(step, metrics, num_examples=train.chunk * train.batch_size)
+        checkpoints.check()
         if step // train.save_every > before // train.save_every:
-          checkpoints.save(step, state)
           high = common.to_uint8(upsample(state.ema_params, held_out['low']))
           smooth = common.to_uint8(upsampler.upscale(common.to_float(held_out['low']), image_size))
           rows = np.concatenate([smooth, high, np.asarray(held_out['image'])])
           log.write_image(step, 'bicubic_ours_real', make_grid(rows, NUM_HELD_OUT))
+          checkpoints.save_async(step, state)
       checkpoints.save(step, state)
+      preemption.leave(log.message, step)
       log.write_curves(['loss'])
   common.export_stage(train, name, state.ema_params)
 

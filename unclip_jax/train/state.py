@@ -22,6 +22,8 @@ LossFn = Callable[[Params, Batch, Array], tuple[Array, Metrics]]
 GradFn = Callable[[Params, Batch, Array], tuple[tuple[Array, Metrics], Params]]
 TrainStep = Callable[['TrainState', Batch, Array], tuple['TrainState', Metrics]]
 
+RECENT = 64  # losses that a state has with it
+
 
 class TrainState(NamedTuple):
   """Everything that a run needs to continue.
@@ -31,12 +33,15 @@ class TrainState(NamedTuple):
     params: the trained parameters, float32.
     ema_params: their exponential moving average, float32.
     opt_state: the optimiser's state.
+    recent_losses: float32 [RECENT], those of the last good steps, the latest first, for
+      `train/guard.py`; NaN where there was none. Other steps leave them as they are.
   """
 
   step: Array
   params: Params
   ema_params: Params
   opt_state: optax.OptState
+  recent_losses: Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +138,7 @@ def init_state(params: Params, optimizer: optax.GradientTransformation) -> Train
     params=params,
     ema_params=jax.tree.map(jnp.copy, params),
     opt_state=optimizer.init(params),
+    recent_losses=jnp.full(RECENT, jnp.nan, jnp.float32),
   )
 
 
@@ -218,8 +224,8 @@ def make_train_step(
   Returns:
     (state, batch, key) -> (state, metrics). The key is that of the run, the same at each step: it
     is folded with `state.step`. The metrics are float32 scalars: those of `loss_fn`, loss, and
-    grad_norm (before clipping); one of the two is not finite where the update went wrong, and
-    `check_finite` raises on it.
+    grad_norm (before clipping); one of the two is not finite where the update went wrong:
+    `check_finite` raises on it, `train/guard.py` leaves such updates out.
   """
   grad_fn = jax.value_and_grad(loss_fn, has_aux=True) if grad_fn is None else grad_fn
   if accumulate != 1:
@@ -236,7 +242,10 @@ def make_train_step(
     ema_params = jax.tree.map(lambda e, p: e + (1.0 - keep) * (p - e), state.ema_params, params)
     metrics = {'loss': loss, 'grad_norm': optax.tree.norm(grads), **metrics}
     metrics = jax.tree.map(lambda m: jnp.asarray(m, jnp.float32), metrics)
-    return TrainState(state.step + 1, params, ema_params, opt_state), metrics
+    state = state._replace(
+      step=state.step + 1, params=params, ema_params=ema_params, opt_state=opt_state
+    )
+    return state, metrics
 
   return train_step
 
@@ -280,6 +289,44 @@ def gather(pool: Batch, indices: Array, key: Array) -> Batch:
   return jax.tree.map(lambda a: jnp.take(a, indices, axis=0), pool)
 
 
+class Draw(NamedTuple):
+  """What one step of `make_multi_step` is given.
+
+  Attributes:
+    indices: int32 [batch_size], of the examples in the pool.
+    batch: what `make_batch` makes of them.
+    key: of the training step, which folds it with `state.step`.
+  """
+
+  indices: Array
+  batch: Batch
+  key: Array
+
+
+def draw_batch(
+  pool: Batch,
+  key: Array,
+  step: Array,
+  batch_size: int,
+  make_batch: Callable[[Batch, Array, Array], Batch] = gather,
+  draw_indices: Callable[[Array, Array, int, int], Array] = epoch_indices,
+) -> Draw:
+  """Returns the batch of one step.
+
+  Args:
+    pool: the examples, as for what `make_multi_step` returns.
+    key: of the run.
+    step: int32 [], the number of updates made before.
+    batch_size: as for `make_multi_step`, like the rest.
+    make_batch: see there.
+    draw_indices: see there.
+  """
+  key_order, key_batch, key_step = jax.random.split(key, 3)
+  num_examples = jax.tree.leaves(pool)[0].shape[0]
+  indices = draw_indices(key_order, step, num_examples, batch_size)
+  return Draw(indices, make_batch(pool, indices, jax.random.fold_in(key_batch, step)), key_step)
+
+
 def make_multi_step(
   train_step: TrainStep,
   num_steps: int,
@@ -305,13 +352,9 @@ def make_multi_step(
   """
 
   def multi_step(state: TrainState, pool: Batch, key: Array) -> tuple[TrainState, Metrics]:
-    key_order, key_batch, key_step = jax.random.split(key, 3)
-    num_examples = jax.tree.leaves(pool)[0].shape[0]
-
     def body(state: TrainState, _: None) -> tuple[TrainState, Metrics]:
-      indices = draw_indices(key_order, state.step, num_examples, batch_size)
-      batch = make_batch(pool, indices, jax.random.fold_in(key_batch, state.step))
-      return train_step(state, batch, key_step)
+      drawn = draw_batch(pool, key, state.step, batch_size, make_batch, draw_indices)
+      return train_step(state, drawn.batch, drawn.key)
 
     if num_steps == 1:
       # XLA for CPUs keeps a loop of one pass, and runs the gradients of convolutions in it tens of

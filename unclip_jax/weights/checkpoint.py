@@ -1,7 +1,7 @@
 """Checkpoints of a training run, through Orbax.
 
 A checkpoint counts once it is complete: Orbax writes it under another name and renames it at the
-end, so that a killed run continues from the last whole one.
+end, so that a killed run continues from the last whole one. It is written while training goes on.
 """
 
 import contextlib
@@ -18,9 +18,12 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from unclip_jax.types import Params, UnclipError
+from unclip_jax.weights.digest import digest
 from unclip_jax.weights.safetensors import named_leaves
 
 State = TypeVar('State')
+
+_DIGEST = 'digest'  # its name among what Orbax keeps with a checkpoint
 
 
 def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -34,18 +37,28 @@ def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
 class Checkpoints:
   """The checkpoints in a folder; a context manager that waits for the last write.
 
+  One that was damaged since it was written, down to a single bit, is passed over for the one
+  before it: each has a digest of its arrays with it.
+
   Args:
     folder: made if missing; `gs://` and the like work.
     keep: how many of the latest stay.
+    say: takes a line where a damaged one is passed over; by default it goes to standard error.
 
   Raises:
     UnclipError: the folder cannot be made or read.
   """
 
-  def __init__(self, folder: os.PathLike[str] | str, keep: int = 2) -> None:
+  def __init__(
+    self,
+    folder: os.PathLike[str] | str,
+    keep: int = 2,
+    say: Callable[[str], None] | None = None,
+  ) -> None:
     if keep < 1:
       raise ValueError(f'keep must be at least 1, not {keep}')
     self.folder = _absolute(folder)
+    self._say = _to_stderr if say is None else say
     try:
       self._manager = ocp.training.Checkpointer(
         self.folder,
@@ -57,19 +70,56 @@ class Checkpoints:
         f'cannot use {self.folder} for checkpoints ({error.strerror or error}): choose a folder '
         'that can be written'
       ) from error
+    self._written: tuple[int, Any] | None = None  # a step, and what says when its write is done
+    logging.getLogger('absl').addFilter(_is_no_page)
 
   def __enter__(self) -> Self:
     return self
 
-  def __exit__(self, *_: object) -> None:
-    self.close()
+  def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    try:
+      self.close()
+    except UnclipError:
+      if kind is None:  # else another error is on its way already
+        raise
 
   def close(self) -> None:
-    """Waits for what is being written."""
-    self._manager.close()
+    """Waits for what is being written.
+
+    Raises:
+      UnclipError: it could not be written.
+    """
+    try:
+      self.wait()
+    finally:
+      self._manager.close()
+      logging.getLogger('absl').removeFilter(_is_no_page)
+
+  def wait(self) -> None:
+    """Returns once what `save_async` began to write is complete on disk.
+
+    Raises:
+      UnclipError: it could not be written, a full disk for instance. Earlier checkpoints stay.
+    """
+    if self._written is None:
+      return
+    (step, response), self._written = self._written, None
+    try:
+      with _quiet():
+        response.result()
+    except (OSError, ValueError) as error:
+      with contextlib.suppress(OSError, ValueError), _quiet():
+        self._manager.wait()  # which else would raise the same once more as it is closed
+      raise self._not_written(step, error) from error
+
+  def check(self) -> None:
+    """Raises what `wait` would, without waiting, if the last write has failed by now."""
+    if not self._manager.is_saving_in_progress():
+      self.wait()
 
   def latest_step(self) -> int | None:
     """Returns the step of the last complete checkpoint, None where there is none."""
+    self.wait()
     latest = self._manager.latest
     return None if latest is None else latest.step
 
@@ -79,19 +129,31 @@ class Checkpoints:
     A step that is there already is left as it is: a run that continues writes the same again.
 
     Raises:
-      UnclipError: it could not be written, a full disk for instance. Earlier checkpoints stay.
+      UnclipError: this one, or the last of `save_async`, could not be written, a full disk for
+        instance. Earlier checkpoints stay.
     """
+    self.save_async(step, state)
+    self.wait()
+
+  def save_async(self, step: int, state: Any) -> None:
+    """As `save`, but returns once the state is copied from its devices: it may be donated then.
+
+    The rest is written while other work goes on. One write at a time: it waits for the last.
+
+    Raises:
+      UnclipError: the last one could not be written. That this one cannot is raised by the next
+        call of any method.
+    """
+    self.wait()
     if any(checkpoint.step == step for checkpoint in self._manager.checkpoints):
       return
     try:
-      self._manager.save(step, state, force=True)
+      response = self._manager.save_async(
+        step, state, force=True, custom_metadata={_DIGEST: digest(state)}
+      )
     except (OSError, ValueError) as error:
-      for part in self.folder.glob(f'{step}.orbax-checkpoint-tmp*'):
-        part.rmtree(missing_ok=True)
-      raise UnclipError(
-        f'cannot write the checkpoint of step {step} to {self.folder} '
-        f'({_first_line(error)}): free some space or choose another folder'
-      ) from error
+      raise self._not_written(step, error) from error
+    self._written = (step, response)
 
   def restore(self, like: State, step: int | None = None) -> State:
     """Reads a state back, each array straight to its place.
@@ -99,28 +161,72 @@ class Checkpoints:
     Args:
       like: a pytree of arrays, or of `jax.ShapeDtypeStruct`s, of the state's structure. Leaves
         with a sharding are placed by it, others on the default device.
-      step: which; the latest by default.
+      step: which; by default the latest that is whole. Later ones that are damaged are moved aside
+        then, to the name damaged_STEP, so that their steps can be written again.
 
     Raises:
-      UnclipError: there is no such checkpoint, it is damaged, or it is of another architecture;
-        the message names the first array that differs.
+      UnclipError: there is no such checkpoint, none is whole, or it is of another architecture; the
+        message names the first array that differs.
     """
-    step = self.latest_step() if step is None else step
-    if step is None or all(checkpoint.step != step for checkpoint in self._manager.checkpoints):
+    self.wait()
+    there = sorted((checkpoint.step for checkpoint in self._manager.checkpoints), reverse=True)
+    steps = there if step is None else [each for each in there if each == step]
+    if not steps:
       which = 'no checkpoint' if step is None else f'no checkpoint of step {step}'
       raise UnclipError(f'there is {which} in {self.folder}: check the folder, or start a new run')
     abstract = jax.tree.map(_with_sharding, like)
+    errors: list[UnclipError] = []
+    for at in steps:
+      try:
+        with _quiet():
+          state = self._read(at, abstract)
+      except UnclipError as error:
+        errors.append(error)
+        continue
+      self._set_aside(steps[: len(errors)], at)
+      return state
+    raise errors[0]
+
+  def _read(self, step: int, abstract: State) -> State:
     path = self.folder / str(step)
-    damaged = f'the checkpoint {path} is damaged: delete it, and the one before is used'
-    with _quiet():
-      found = _or_none(lambda: self._manager.metadata(step).metadata)
-      if not found:
-        raise UnclipError(damaged)
-      _check_same(named_leaves(abstract), named_leaves(found), path)
-      state = _or_none(lambda: self._manager.load(step, abstract))
-      if state is None:
-        raise UnclipError(damaged)
+    damaged = UnclipError(
+      f'the checkpoint {path} is damaged: bring back a copy of it, or start a new run folder'
+    )
+    found = _or_none(lambda: self._manager.metadata(step))
+    if found is None or not found.metadata:
+      raise damaged
+    _check_same(named_leaves(abstract), named_leaves(found.metadata), path)
+    state = _or_none(lambda: self._manager.load(step, abstract))
+    if state is None:
+      raise damaged
+    wanted, got = (found.custom_metadata or {}).get(_DIGEST), digest(state)
+    if wanted and got and wanted != got:
+      raise damaged
     return state
+
+  def _set_aside(self, damaged: list[int], used: int) -> None:
+    for step in damaged:
+      aside = self.folder / f'damaged_{step}'
+      self._say(
+        f'the checkpoint {self.folder / str(step)} is damaged, and called {aside.name} from now '
+        f'on: step {used} is the last that is whole'
+      )
+      if jax.process_index() == 0:
+        aside.rmtree(missing_ok=True)
+        (self.folder / str(step)).rename(aside)
+    if damaged:
+      self._manager.reload()
+
+  def _not_written(self, step: int, error: Exception) -> UnclipError:
+    """Removes what there is of it."""
+    if jax.process_index() == 0:
+      for part in self.folder.glob(f'{step}.orbax-checkpoint-tmp*'):
+        part.rmtree(missing_ok=True)
+    self._manager.reload()
+    return UnclipError(
+      f'cannot write the checkpoint of step {step} to {self.folder} '
+      f'({_first_line(error)}): free some space or choose another folder'
+    )
 
 
 def save_tree(folder: os.PathLike[str] | str, params: Params, dtype: Any = None) -> None:
@@ -198,6 +304,15 @@ def _or_none(read: Callable[[], State]) -> State | None:
     return read()
   except Exception:
     return None
+
+
+def _to_stderr(line: str) -> None:
+  print(line, file=sys.stderr)
+
+
+def _is_no_page(record: logging.LogRecord) -> bool:
+  """Whether it is none of the pages that Orbax's threads print as a write fails."""
+  return record.levelno < logging.ERROR or 'orbax' not in record.pathname
 
 
 @contextlib.contextmanager
