@@ -1,4 +1,4 @@
-"""What devices send, read off programs: of XLA's own text, and of what only other compilers write."""
+"""What devices send, read off programs: those of a CPU, and what only other compilers write."""
 
 import functools
 

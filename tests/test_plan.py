@@ -36,7 +36,9 @@ CHIP = Chip('here', 2**30, 2e9, 1e9, 1e9, 0.0)
 
 def this_machine(**about):
   """A CPU as if it were described."""
-  return Machine(Slice('here:1', CHIP._replace(**about), 1, 0.0), sharding.make_mesh(1), 'cpu', True)
+  return Machine(
+    Slice('here:1', CHIP._replace(**about), 1, 0.0), sharding.make_mesh(1), 'cpu', True
+  )
 
 
 def run(*args, **env):
@@ -82,7 +84,7 @@ def test_a_plan_is_of_the_update_that_training_makes():
   assert found.memory.aliased == memory.alias_size_in_bytes > found.parameters * 16
   assert found.cost.matmul_flops == cost.matmul_flops
   assert found.cost.bytes == pytest.approx(cost.bytes, rel=0.01)
-  given = state, batch, jax.random.key(0)
+  given = state, batch
   assert found.arguments == sum(leaf.nbytes for leaf in jax.tree.leaves(given))
   assert found.parameters == sum(leaf.size for leaf in jax.tree.leaves(state.params))
   assert found.num_steps == 600_000 and found.fits and found.collectives == {}

@@ -1,5 +1,4 @@
-"""How stages train by their configs: the FLOPs of their gradients are those that are counted by hand."""
-
+"""How stages train by their configs: gradients cost what is counted by hand."""
 
 import jax
 import pytest
@@ -15,7 +14,12 @@ from unclip_jax.types import UnclipError
 BATCH = 6
 # Blocks enough that what begins and ends a network, which needs no gradient of its input or is not
 # computed again, is a small part.
-DEEP = ['clip.text.depth=4', 'clip.vision.depth=4', 'prior.depth=5', 'decoder.unet.num_res_blocks=2']
+DEEP = [
+  'clip.text.depth=4',
+  'clip.vision.depth=4',
+  'prior.depth=5',
+  'decoder.unet.num_res_blocks=2',
+]
 CONFIGS = {
   'clip': ('clip', TINY),
   'prior': ('prior', TINY),

@@ -54,9 +54,7 @@ def program_collectives(text: str, num_devices: int) -> dict[str, Traffic]:
     is_scattered = name.startswith('all-reduce-scatter')
     return _sum(of(computation, one, is_scattered) for one in computation.instructions.values())
 
-  def of(
-    computation: Computation, one: Instruction, is_scattered: bool
-  ) -> Mapping[str, Traffic]:
+  def of(computation: Computation, one: Instruction, is_scattered: bool) -> Mapping[str, Traffic]:
     kind = collective_kind(one)
     if kind is not None:
       kind = 'reduce-scatter' if is_scattered and kind == 'all-reduce' else kind

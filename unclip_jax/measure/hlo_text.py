@@ -12,7 +12,7 @@ _COMMENT = re.compile(r'/\*.*?\*/')
 _HEADER = re.compile(r'^(ENTRY\s+)?%?([\w.\-$]+)\s*(?:\(.*\)\s*->.*)?\{\s*$')
 _INSTRUCTION = re.compile(r'^\s+(ROOT\s+)?%?([\w.\-$]+)\s*=\s*(.*)$')
 _OPCODE = re.compile(r'\s([a-z][a-z0-9\-]*)\(')
-# With its layout, in which S(1) is the memory of a TPU's core, and S(0), left out, that of the chip.
+# With its layout, in which S(1) is the memory of a TPU's core; that of the chip is left out.
 _SHAPE = re.compile(r'\b([a-z][a-z0-9]*)\[([^\]]*)\](?:\{[^}]*\bS\(([1-9])\))?')
 _CALLED = re.compile(
   r'\b(?:calls|to_apply|body|condition|true_computation|false_computation|branch_computations'

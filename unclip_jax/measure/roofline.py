@@ -41,8 +41,6 @@ def roofline(
   sent_per_second: float,
 ) -> Roofline:
   """That of one run of a program on each chip; of a chip without links that sends nothing too."""
-  if sent_bytes:
-    links = sent_bytes / sent_per_second if sent_per_second else math.inf
-  else:
-    links = 0.0
+  seconds_a_byte = 1 / sent_per_second if sent_per_second else math.inf
+  links = sent_bytes * seconds_a_byte if sent_bytes else 0.0
   return Roofline(matmul_flops / flops_per_second, num_bytes / bytes_per_second, links)

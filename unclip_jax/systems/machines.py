@@ -48,9 +48,8 @@ class Machine(NamedTuple):
     """Of a device."""
     return self.chip.memory_bytes / self.chip.devices
 
-def described_tpu(
-  topology: str, model_devices: int = 1, num_devices: int | None = None
-) -> Machine:
+
+def described_tpu(topology: str, model_devices: int = 1, num_devices: int | None = None) -> Machine:
   """A TPU, by its topology; needs libtpu, which compiles for it.
 
   Args:

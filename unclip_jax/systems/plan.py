@@ -1,4 +1,4 @@
-"""Programs compiled for machines that are only described: whether they fit, and the least they take.
+"""Programs compiled for machines that are not there: whether they fit, and the least they take.
 
 What is compiled is what would run: an update of the training state, placed and donated, or the
 programs of sampling. No parameter is allocated: everything is described by shapes.
@@ -340,7 +340,8 @@ def _recipe(config: UnclipConfig, stage: str) -> Recipe:
 
 def _text_length(config: UnclipConfig) -> int | None:
   """Of captions as CLIP reads them."""
-  return None if config.clip is None or config.clip.text is None else config.clip.text.context_length
+  text = None if config.clip is None else config.clip.text
+  return None if text is None else text.context_length
 
 
 def _passes(remat: bool, sam: bool) -> int:

@@ -80,8 +80,7 @@ def _head(about: Mapping[str, Any], is_training: bool) -> str:
   lines = [
     f'{what} {about["model"]} on {about["machine"]}: {about["num_chips"]} chips of '
     f'{chip["memory_bytes"] / _GIB:.4g} GiB, {about["dtype"]}',
-    'settings  '
-    + ', '.join(f'{name} {about[name]}' for name in ('model_devices', *names)),
+    'settings  ' + ', '.join(f'{name} {about[name]}' for name in ('model_devices', *names)),
     f'peaks     of a chip: {speed / 1e12:.4g} TFLOP/s, memory '
     f'{chip["bytes_per_second"] / 1e9:.4g} GB/s, links {about["sent_per_second"] / 1e9:.4g} GB/s',
     'versions  ' + ', '.join(f'{name} {version}' for name, version in about['versions'].items()),
@@ -180,9 +179,10 @@ def _together(planned: Sequence[Mapping[str, Any]]) -> str:
   memories = [e['memory'] for e in planned]
   arguments = sum(m['arguments'] for m in memories)
   between = max(m['temporaries'] + m['outputs'] for m in memories)
+  largest = max(e['needed'] for e in planned)
   return (
-    f'GiB of a device, one stage at a time (--offload): {max(e["needed"] for e in planned) / _GIB:.2f}'
-    f'; all at once: {(arguments + between) / _GIB:.2f}'
+    f'GiB of a device, one stage at a time (--offload): {largest / _GIB:.2f}; all at once: '
+    f'{(arguments + between) / _GIB:.2f}'
   )
 
 
