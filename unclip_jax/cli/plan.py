@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from unclip_jax.cli.options import OUTPUT, ModelDevicesOption, option
+from unclip_jax.cli.options import MACHINE, OUTPUT, ModelDevicesOption, option
 
-MACHINE, TRAINING = 'Machine', 'Training'
+TRAINING = 'Training'
 
 
 def plan(
@@ -64,8 +64,9 @@ def plan(
 ) -> None:
   """Compile the training step or the sampling of a preset for a machine, without having it.
 
-  For each stage: the memory of a device, its FLOPs, bytes and exchanges, and the least time that
-  they take. TPUs are compiled for by libtpu: pip install 'unclip-jax[plan]'.
+  It says the memory of a device, its FLOPs, bytes and exchanges, and the least time they take.
+
+  Programs for TPUs are compiled by libtpu, which comes with the extra 'plan'.
   """
   if (topology is None) == (gpus is None):
     raise typer.BadParameter('give either --topology or --gpus')
