@@ -60,6 +60,16 @@ TEXT = """HloModule jit_f, num_partitions=8
   ROOT %d = bf16[16,16]{1,0} dynamic-slice(%r, %zero, %zero), dynamic_slice_sizes={16,16}
 }
 
+%piece.1 (p.3: f32[8]) -> f32[16] {
+  %p.3 = f32[8]{0} parameter(0)
+  ROOT %g.1 = f32[16]{0} all-gather(%p.3), channel_id=7, replica_groups=mesh['a'=4,'b'=4] {'b':(2)2}, dimensions={0}, frontend_attributes={chain_id="0"}
+}
+
+%piece.2 (p.4: f32[8]) -> f32[16] {
+  %p.4 = f32[8]{0} parameter(0)
+  ROOT %g.2 = f32[16]{0} all-gather(%p.4), channel_id=7, replica_groups=mesh['a'=4,'b'=4] {'b':(2)2}, dimensions={0}, frontend_attributes={chain_id="0"}
+}
+
 %cheap (p.1: f32[8]) -> f32[8] {
   ROOT %p.1 = f32[8]{0} parameter(0)
 }
@@ -76,6 +86,9 @@ ENTRY %main (x: bf16[64,16], y: f32[8], i: s32[]) -> f32[8] {
   %start = (bf16[64,16]{1,0}, bf16[128,16]{1,0}) all-gather-start(%x), replica_groups=[4,2]<=[8], dimensions={0}
   %done = bf16[128,16]{1,0} all-gather-done(%start)
   %part = bf16[16,16]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1
+  %moved.1 = f32[8]{0} all-to-all(%y), channel_id=8, replica_groups=mesh['a'=4,'b'=2] {'a','b'}, dimensions={0}
+  %first = f32[16]{0} fusion(%y), kind=kCustom, calls=%piece.1
+  %second = f32[16]{0} fusion(%y), kind=kCustom, calls=%piece.2
   %sums = (f32[8]{0}, bf16[64,16]{1,0}) all-reduce(%y, %x), replica_groups={}, to_apply=%add
   ROOT %out = f32[8]{0} conditional(%i, %y, %y), branch_computations={%cheap, %dear}
 }
@@ -86,8 +99,9 @@ def test_groups_fusions_and_branches():
   found = program_collectives(TEXT, 8)
   x, y = 64 * 16 * 2, 8 * 4
   assert found == {
-    'all-gather': Traffic(1, x),
+    'all-gather': Traffic(2, x + y),  # one of them made in two parts
     'all-reduce': Traffic(1, 2 * 7 / 8 * (x + y)),
+    'all-to-all': Traffic(1, 7 / 8 * y),
     'collective-permute': Traffic(1, y),
     'reduce-scatter': Traffic(1, 3 / 4 * x),
   }

@@ -21,6 +21,8 @@ from unclip_jax.measure.hlo import collective_kind
 from unclip_jax.measure.hlo_text import Computation, Instruction, parse, trip_count
 from unclip_jax.types import UnclipError
 
+_CHAINED = re.compile(r'channel_id=(\d+).*frontend_attributes=\{[^}]*\bchain_id=')
+
 
 class Traffic(NamedTuple):
   """Of one kind of exchange, in one run of a program.
@@ -46,6 +48,7 @@ def program_collectives(text: str, num_devices: int) -> dict[str, Traffic]:
       exchange whose groups are written in an unknown way.
   """
   module = parse(text)
+  chained: set[str] = set()
 
   @functools.cache
   def total(name: str) -> Mapping[str, Traffic]:
@@ -57,6 +60,11 @@ def program_collectives(text: str, num_devices: int) -> dict[str, Traffic]:
   def of(computation: Computation, one: Instruction, is_scattered: bool) -> Mapping[str, Traffic]:
     kind = collective_kind(one)
     if kind is not None:
+      # TPUs make one in parts, in fusions with other work: each of them names it.
+      if (channel := _CHAINED.search(one.attributes)) is not None:
+        if channel[1] in chained:
+          return {}
+        chained.add(channel[1])
       kind = 'reduce-scatter' if is_scattered and kind == 'all-reduce' else kind
       operands = [computation.instructions[name] for name in one.operands]
       size = sum(shape.size for operand in operands for shape in operand.shapes)
@@ -112,6 +120,11 @@ def _group_size(one: Instruction, num_devices: int) -> int:
   if numbered := re.search(r'replica_groups=\[([\d,]+)\]<=', one.attributes):
     dims = [int(n) for n in numbered[1].split(',')]
     return math.prod(dims[1:])
+  if named := re.search(r'replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}', one.attributes):
+    sizes = dict(re.findall(r"'([^']*)'=(\d+)", named[1]))
+    # An axis, or of it the part that its size in brackets comes before: 'a':(2)4.
+    axes = re.findall(r"'([^']*)'(?::\(\d+\)(\d+))?", named[2])
+    return math.prod(int(part or sizes[name]) for name, part in axes)
   if 'replica_groups={}' in one.attributes or 'replica_groups=' not in one.attributes:
     return num_devices
   groups = re.search(r'replica_groups=\S*', one.attributes)

@@ -12,6 +12,12 @@ from unclip_jax.measure.chips import Chip, Slice, gpu_slice, tpu_slice
 from unclip_jax.sharding import Mesh, make_mesh
 from unclip_jax.types import UnclipError
 
+_ANY_TPU = {
+  'TPU_SKIP_MDS_QUERY': '1',
+  'TPU_ACCELERATOR_TYPE': 'v5litepod-8',
+  'TPU_WORKER_HOSTNAMES': 'localhost',
+}
+
 
 class Machine(NamedTuple):
   """Chips that are planned for.
@@ -66,8 +72,8 @@ def described_tpu(topology: str, model_devices: int = 1, num_devices: int | None
       "programs for TPUs are compiled by libtpu, which is missing: pip install 'unclip-jax[plan]'"
     )
   # libtpu would ask a server of Google's which machine this is, and wants to be told one.
-  os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
-  os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'v5litepod-8')
+  for name, value in _ANY_TPU.items():
+    os.environ.setdefault(name, value)
   try:
     devices = topologies.get_topology_desc(chips.name, platform='tpu').devices
   except Exception as error:  # as many kinds as there are reasons
