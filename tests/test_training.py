@@ -53,7 +53,9 @@ def test_gradients_cost_what_is_counted_by_hand(name, remat):
   length = config.clip.text.context_length
   passes = 4 if remat else 3
   expected = analytic.training_flops(training.config, BATCH, length, passes)
-  assert gradient_flops(training, recipe) == pytest.approx(expected, rel=0.1)
+  ratio = gradient_flops(training, recipe) / expected
+  # The last product of a block is not needed a second time: half of a residual block's.
+  assert (0.85 if remat else 0.93) < ratio < 1.07, ratio
 
 
 def test_sam_takes_eleven_passes():

@@ -107,8 +107,8 @@ def training_flops(
     config: of a stage.
     batch: b.
     text_length: of `decoder_flops`.
-    passes: three, as a gradient takes two; four where activations are computed again. SAM takes
-      five evaluations and three gradients, eleven passes or fourteen.
+    passes: three, as a gradient takes two; four at most where activations are computed again, all
+      but the last of each block. SAM takes five evaluations and three gradients, eleven passes.
 
   Returns:
     None of a CLIP with an image tower that nobody has counted.

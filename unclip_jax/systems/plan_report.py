@@ -197,5 +197,5 @@ def _chip_hours(plan: StagePlan, machine: Machine) -> float:
 
 
 def _versions(machine: Machine) -> dict[str, str]:
-  names = ['unclip-jax', 'jax', *(['libtpu'] if machine.is_real else [])]
+  names = ['unclip-jax', 'jax', *(['libtpu'] if machine.platform == 'tpu' else [])]
   return {name: metadata.version(name) for name in names}
