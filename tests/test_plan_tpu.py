@@ -10,7 +10,8 @@ pytestmark = pytest.mark.skipif(
   importlib.util.find_spec('libtpu') is None,
   reason="libtpu is not installed: pip install -e '.[plan]'",
 )
-TINY = ('--preset', 'tiny', '--topology', 'v5e:2x2')
+# What is compiled for a TPU takes ten seconds of a core a layer.
+TINY = ('--preset', 'tiny', '--set', 'prior.depth=1', '--topology', 'v5e:2x2')
 
 
 def planned(folder, *args):
@@ -20,24 +21,21 @@ def planned(folder, *args):
   return text, json.loads(out.read_text())
 
 
-def test_all_stages_of_tiny_train_on_a_small_slice(tmp_path):
-  text, results = planned(tmp_path, 'all', *TINY, '--batch-size', 256, '--fsdp')
-  stages = {entry['stage']: entry for entry in results['stages']}
-  assert [*stages] == ['clip', 'prior', 'decoder', 'upsampler_0']
-  for entry in stages.values():
-    assert entry['fits'] and entry['available'] == 2**34
-    assert entry['needed'] > entry['memory']['temporaries'] > 0
-    assert entry['memory']['aliased'] > 0
-    # Sizes that TPUs fill up to theirs count as they are.
-    flops = 4 * entry['cost']['matmul_flops']
-    assert flops == pytest.approx(entry['analytic_flops'], rel=0.3)
-    assert sum(each['bytes'] for each in entry['collectives'].values()) > 0
-    assert entry['stage'] in text
+def test_a_stage_trains_on_a_small_slice(tmp_path):
+  text, results = planned(tmp_path, 'prior', *TINY, '--batch-size', 256, '--fsdp')
+  (entry,) = results['stages']
+  assert entry['fits'] and entry['available'] == 2**34
+  assert entry['needed'] > entry['memory']['temporaries'] > 0
+  assert entry['memory']['aliased'] > 0
+  # Sizes that TPUs fill up to theirs count as they are.
+  flops = 4 * entry['cost']['matmul_flops']
+  assert flops == pytest.approx(entry['analytic_flops'], rel=0.3)
+  assert sum(each['bytes'] for each in entry['collectives'].values()) > 0
   assert 'v5e:2x2: 4 chips of 16 GiB, bfloat16' in text and 'libtpu' in text
 
 
 def test_sampling_on_one_chip_sends_nothing(tmp_path):
-  text, results = planned(tmp_path, 'upsampler_0', *TINY, '--sample', '--devices', 1)
+  text, results = planned(tmp_path, 'prior', *TINY, '--sample', '--devices', 1)
   (entry,) = results['stages']
   assert entry['batch_size'] == 1 and entry['collectives'] == {}
   assert entry['cost']['matmul_flops'] == pytest.approx(entry['analytic_flops'], rel=0.1)

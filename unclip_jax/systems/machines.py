@@ -13,6 +13,7 @@ from unclip_jax.sharding import Mesh, make_mesh
 from unclip_jax.types import UnclipError
 
 _ANY_TPU = {
+  'ALLOW_MULTIPLE_LIBTPU_LOAD': 'true',  # it guards a device that nobody opens here
   'TPU_SKIP_MDS_QUERY': '1',
   'TPU_ACCELERATOR_TYPE': 'v5litepod-8',
   'TPU_WORKER_HOSTNAMES': 'localhost',
