@@ -21,6 +21,7 @@ The JSON has, with seconds as {median, least, most, values}:
     compile_seconds, seconds (of an update), examples_per_second
     flops, matmul_flops, bytes     of the compiled update, all devices
     share_of_matmul_peak, share_of_copy
+    least_seconds          what the larger share takes at its peak: the estimate of unclip-jax plan
     argument_bytes, temp_bytes     of one device: state and batch, and what an update needs beside
     peak_bytes             the most in use so far, of the device, or the process where it has none
     peer                   name, notes, contenders by their names 'eager' and 'compiled': seconds,
@@ -38,7 +39,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.bench_sampling import TINY_KARLO, TINY_KARLO_CONFIG
-from experiments.training_cases import SLICE, Case, make_case, stages
+from experiments.training_cases import SLICE, Case, make_case
 from unclip_jax import sharding
 from unclip_jax.config_json import override
 from unclip_jax.configs import UnclipConfig
@@ -49,6 +50,7 @@ from unclip_jax.measure.timing import alternate, peak_memory, ratios, seconds, s
 from unclip_jax.presets import preset
 from unclip_jax.systems import bench_figures as figures
 from unclip_jax.systems.settings import check_count, check_dtype
+from unclip_jax.systems.training import trained_stages
 from unclip_jax.terminal import memory_errors, plain_warnings
 from unclip_jax.train.state import OptimizerConfig, init_state, make_optimizer, make_train_step
 from unclip_jax.types import UnclipError
@@ -64,7 +66,8 @@ def choose_config(args: argparse.Namespace) -> UnclipConfig:
   if args.slice:
     if args.preset not in ('paper', 'karlo'):
       raise UnclipError(f'--slice: {args.preset} is small as a whole: leave it out')
-    config = override(config, [field for stage in stages(config) for field in SLICE[stage]])
+    fields = [field for stage in trained_stages(config) for field in SLICE[stage]]
+    config = override(config, fields)
   return override(config, args.assignments)
 
 
@@ -148,6 +151,9 @@ def measure(
   entry['seconds'] = figures.plain(spread(took[OURS]))
   entry['examples_per_second'] = args.batch_size / entry['seconds']['median']
   figures.add_shares(entry, peaks)
+  # The shares are those of all devices of the time that was measured.
+  shares = entry['share_of_matmul_peak'], entry['share_of_copy']
+  entry['least_seconds'] = entry['seconds']['median'] * max(shares)
   entry['peak_bytes'] = peak_memory(jax.devices()[0])
   if peer is not None:
     entry['peer'] = {'name': peer.about()['name'], 'notes': notes, 'contenders': {}}
@@ -183,13 +189,14 @@ def to_text(results: dict[str, Any]) -> str:
       *(f'{e["seconds"][k]:.4g}' for k in ('median', 'least', 'most')),
       f'{e["examples_per_second"]:.4g}',
       f'{e["share_of_matmul_peak"]:.1%}',
+      f'{e["least_seconds"]:.4g}',
       *(f'{e[k] / _GIB:.2f}' for k in ('argument_bytes', 'temp_bytes')),
       '' if e['peak_bytes'] is None else f'{e["peak_bytes"] / _GIB:.2f}',
     ]
     for e in results['stages']
   ]
   names = ['stage', 'batch', 'M params', 'compile s', 's', 'least', 'most', 'examples/s', 'of peak']
-  names += ['state GiB', 'temp GiB', 'peak GiB']
+  names += ['at best s', 'state GiB', 'temp GiB', 'peak GiB']
   parts = ['\n'.join(head), report.table('updates', names, rows)]
   rows, notes = [], []
   for e in results['stages']:
@@ -243,9 +250,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     check_count(f'--{name.replace("_", "-")}', getattr(args, name))
   out = None if args.json is None else report.check_writable(args.json)
   config = choose_config(args)
-  wanted = args.stages or stages(config)
-  if unknown := [stage for stage in wanted if stage not in stages(config)]:
-    raise UnclipError(f'there is no stage {unknown[0]!r} here: take {", ".join(stages(config))}')
+  known = list(trained_stages(config))
+  wanted = args.stages or known
+  if unknown := [stage for stage in wanted if stage not in known]:
+    raise UnclipError(f'there is no stage {unknown[0]!r} here: take {", ".join(known)}')
   peer = make_peer(args)  # before JAX takes all memory of a GPU
   unit = sharding.make_mesh(args.devices, args.model_devices).shape[sharding.DATA_AXIS]
   if args.batch_size % (unit * args.accumulate):

@@ -115,7 +115,7 @@ class TrainingPeer:
         statistics = own.clip.pixel_mean, own.clip.pixel_std
         mean, std = (np.float32(v)[None, None, None] for v in statistics)
         pixels = ((np.asarray(batch['image']) + 1) / 2 - mean) / std
-        given = {'pixels': pixels, 'ids': np.asarray(batch['ids'], np.int64)}
+        given = {'pixels': pixels, 'ids': np.asarray(batch['text'].ids, np.int64)}
       case 'prior':
         statistics = case.params['statistics']
         x_0 = (batch['z_i'] - statistics['mean'][None]) / statistics['std'][None]

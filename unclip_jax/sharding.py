@@ -16,21 +16,13 @@ those of the others where a layer needs them.
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import topologies
-from jax.sharding import (
-  AxisType,
-  Mesh,
-  NamedSharding,
-  PartitionSpec,
-  Sharding,
-  SingleDeviceSharding,
-)
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from unclip_jax.types import Array, UnclipError
 
@@ -55,7 +47,10 @@ _WHOLE = re.compile(r'(.*/)?(bias|scale|mean|std|positions|padding)')
 
 
 def make_mesh(
-  num_devices: int | None = None, model_devices: int = 1, all_processes: bool = False
+  num_devices: int | None = None,
+  model_devices: int = 1,
+  all_processes: bool = False,
+  devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
   """Returns a mesh over the first `num_devices` devices of this process, or over all.
 
@@ -64,11 +59,13 @@ def make_mesh(
     model_devices: how many of them share one copy of the parameters; a batch is split over
       num_devices / model_devices.
     all_processes: whether it is of the devices of all processes, which run one program together.
+    devices: in place of those of this process: ones that are only described, say.
 
   Raises:
     UnclipError: there are fewer devices, or they do not divide into groups of `model_devices`.
   """
-  devices = jax.devices() if all_processes else jax.local_devices()
+  if devices is None:
+    devices = jax.devices() if all_processes else jax.local_devices()
   num_devices = len(devices) if num_devices is None else num_devices
   if not 1 <= num_devices <= len(devices):
     raise UnclipError(
@@ -309,21 +306,34 @@ def pmapped(fn: Callable[[Any, Any], Any], mesh: Mesh) -> Callable[[Any, Any], A
   return call
 
 
-def described_device(topology: str) -> Sharding:
-  """One chip of a TPU that is only described ('v5e:2x2'), to compile for; needs libtpu.
+def bytes_per_device(tree: Any, shardings: Any) -> int:
+  """What arrays take on each device.
 
-  Raises:
-    UnclipError: libtpu is not installed, or knows no such topology.
+  Args:
+    tree: of arrays, or of their shapes and types.
+    shardings: in its structure.
   """
-  try:
-    described = topologies.get_topology_desc(topology, platform='tpu')
-  except Exception as error:  # as many kinds as there are reasons
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    raise UnclipError(
-      f'no programs can be compiled for {topology} ({reason}): pip install libtpu, and take a '
-      'topology such as v5e:2x2'
-    ) from error
-  return SingleDeviceSharding(described.devices[0])
+
+  def size(leaf: Any, sharding: Sharding) -> int:
+    return math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+  return sum(jax.tree.leaves(jax.tree.map(size, tree, shardings)))
+
+
+def described(tree: Any, shardings: Any) -> Any:
+  """Shapes and types of arrays [...], with where each of them lies: what programs are lowered for.
+
+  Args:
+    tree: of arrays, or of their shapes and types.
+    shardings: in its structure, or one for all.
+  """
+  if isinstance(shardings, Sharding):
+    shardings = jax.tree.map(lambda _: shardings, tree)
+  return jax.tree.map(
+    lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+    tree,
+    shardings,
+  )
 
 
 def _place(tree: Any, shardings: Any, mesh: Mesh) -> Any:

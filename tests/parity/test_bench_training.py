@@ -32,6 +32,8 @@ def test_all_stages_of_both_sides_begin_with_the_same_loss(tmp_path, capsys):
     assert len(contender['ratio']['values']) == 2
     assert entry['loss'] > 0.1 and entry['matmul_flops'] > 1e6
     assert entry['share_of_matmul_peak'] > 0
+    shares = entry['share_of_matmul_peak'], entry['share_of_copy']
+    assert entry['least_seconds'] == pytest.approx(max(shares) * entry['seconds']['median'])
     # Parameters, their average and two moments, float32.
     assert entry['argument_bytes'] > 16 * entry['parameters']
   for entry in results['stages'][2:]:

@@ -1,4 +1,4 @@
-"""The command line: `unclip-jax generate`, `info`, `convert`, `compile`, `export` and `bench`.
+"""The command line, `unclip-jax`: generate, info, convert, compile, export, bench and plan.
 
 What takes long to import (JAX, and all that needs it) is imported by the commands, so that --help
 and slips of the fingers are answered at once.
@@ -16,6 +16,7 @@ from unclip_jax.cli.convert import convert
 from unclip_jax.cli.export import export
 from unclip_jax.cli.generate import generate
 from unclip_jax.cli.info import info
+from unclip_jax.cli.plan import plan
 
 app = typer.Typer(
   name='unclip-jax',
@@ -40,6 +41,7 @@ app.command(epilog='Example: unclip-jax export default program --platforms cuda,
 app.command(epilog='Example: unclip-jax bench --preset karlo --batch-sizes 1,4 --json karlo.json')(
   bench
 )
+app.command(epilog='Example: unclip-jax plan decoder --topology v5e:16x16 --fsdp --remat')(plan)
 
 
 def _show_version(wanted: bool) -> None:

@@ -10,14 +10,18 @@ Where the residual blocks of a U-Net have their 3x3 convolutions by Winograd's m
 says where, by the pixels of the batch and the channels on either side. None is nowhere.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 from unclip_jax.configs import (
+  ArPriorConfig,
+  ClipConfig,
   DecoderConfig,
   PriorConfig,
   TextConfig,
   UNetConfig,
   UpsamplerConfig,
+  ViTConfig,
 )
 
 Tiled = Callable[[int, int, int], int]
@@ -66,28 +70,13 @@ def decoder_flops(
   Raises:
     ValueError: there is neither.
   """
-  unet, text = config.unet, config.text
-  length = text_length if text is None else text.context_length
+  unet = config.unet
+  length = text_length if config.text is None else config.text.context_length
   if length is None:
     raise ValueError('a decoder that reads the states of CLIP needs their text_length')
   pair = 2 if is_guided else 1
-  given = _dense(1, config.embed_dim, unet.emb_dim + config.num_image_tokens * unet.context_dim)
-  if text is None:
-    given += _dense(1, config.embed_dim, unet.emb_dim)
-    given += _dense(length, config.clip_text_width, unet.context_dim)
-    pooled = config.embed_dim
-  else:
-    given += _text_flops(text) + _dense(1, text.width, unet.emb_dim)
-    given += _dense(length, text.width, unet.context_dim) if text.width != unet.context_dim else 0
-    pooled = text.width
-  if config.draft_size:
-    hidden, pixels = config.draft_width, config.draft_size**2 * unet.in_channels
-    given += _dense(1, config.embed_dim + pooled, hidden) + _dense(1, hidden, hidden + pixels)
-    given += _conv(config.image_size, 3, unet.condition_channels, unet.channels)
-  context = config.num_image_tokens + length
-  for width in _attention_widths(unet):
-    given += _dense(context, unet.context_dim, 2 * width)
-  step = _unet_flops(unet, config.image_size, context, batch * pair, tiled)
+  given = _decoder_given(config, length)
+  step = _unet_flops(unet, config.image_size, config.num_image_tokens + length, batch * pair, tiled)
   return _time_flops(unet, num_steps) + batch * pair * given + num_steps * step
 
 
@@ -104,6 +93,90 @@ def upsampler_flops(
   small, large = config.low_size, config.image_size
   once += batch * unet.in_channels * (_dense(large, small, small) + _dense(large, small, large))
   return once + num_steps * _unet_flops(unet, config.image_size, 0, batch, tiled)
+
+
+def training_flops(
+  config: ClipConfig | PriorConfig | ArPriorConfig | DecoderConfig | UpsamplerConfig,
+  batch: int,
+  text_length: int | None = None,
+  passes: int = 3,
+) -> float | None:
+  """Of an update: the evaluations of the loss that its gradient takes the time of.
+
+  Args:
+    config: of a stage.
+    batch: b.
+    text_length: of `decoder_flops`.
+    passes: three, as a gradient takes two; four at most where activations are computed again, all
+      but the last of each block. SAM takes five evaluations and three gradients, eleven passes.
+
+  Returns:
+    None of a CLIP with an image tower that nobody has counted.
+  """
+  match config:
+    case ClipConfig():
+      if config.text is None or not isinstance(config.vision, ViTConfig):
+        return None
+      one = _clip_flops(config, batch)
+    case PriorConfig():
+      t, width = config.context_length, config.width
+      one = _dense(t, config.text_width, width) + 2 * _dense(1, config.embed_dim, width)
+      one += 2 * _dense(1, width, width) + _dense(1, width, config.embed_dim)
+      one += _prefixed(t + 1, _SUFFIX, width, config.depth)
+    case ArPriorConfig():
+      t, k, width = config.context_length, config.num_components, config.width
+      text_width = config.text_width if config.text is None else config.text.width
+      one = 0.0 if config.text is None else _text_flops(config.text)
+      one += _dense(t, text_width, width) + _dense(1, config.embed_dim, width)
+      one += _prefixed(t + 1, k, width, config.depth) + _dense(k, width, config.num_buckets)
+    case DecoderConfig():
+      one = decoder_flops(config, 1, 1, False, text_length)
+    case UpsamplerConfig():
+      side = round(config.image_size * config.crop_fraction)
+      low = side * config.low_size // config.image_size
+      one = upsampler_flops(dataclasses.replace(config, image_size=side, low_size=low), 1, 1)
+      one *= 2 if config.final_unet else 1
+  return passes * batch * one
+
+
+def _clip_flops(config: ClipConfig, batch: int) -> float:
+  """Of a pair, its part of the logits of all included."""
+  text, vision = config.text, config.vision
+  patches = (vision.image_size // vision.patch_size) ** 2
+  mlp_width = vision.mlp_width or 4 * vision.width
+  flops = _text_flops(text) + _dense(1, text.width, config.embed_dim)
+  flops += _dense(patches, 3 * vision.patch_size**2, vision.width)
+  flops += vision.depth * _block(patches + 1, patches + 1, vision.width, mlp_width)
+  return flops + _dense(1, vision.width, config.embed_dim) + 2 * _dense(1, config.embed_dim, batch)
+
+
+def _prefixed(prefix: int, suffix: int, width: int, depth: int) -> float:
+  """A Transformer over a prefix, of whose last block only keys and values count, and a suffix."""
+  blocks = (depth - 1) * _block(prefix, prefix, width, 4 * width)
+  blocks += depth * _block(suffix, prefix + suffix, width, 4 * width)
+  return blocks + _dense(prefix, width, 3 * width)
+
+
+def _decoder_given(config: DecoderConfig, length: int) -> float:
+  """What a decoder does once with a z_i and a caption."""
+  unet, text = config.unet, config.text
+  given = _dense(1, config.embed_dim, unet.emb_dim + config.num_image_tokens * unet.context_dim)
+  if text is None:
+    given += _dense(1, config.embed_dim, unet.emb_dim)
+    given += _dense(length, config.clip_text_width, unet.context_dim)
+    pooled = config.embed_dim
+  else:
+    given += _text_flops(text) + _dense(1, text.width, unet.emb_dim)
+    given += _dense(length, text.width, unet.context_dim) if text.width != unet.context_dim else 0
+    pooled = text.width
+  if config.draft_size:
+    hidden, pixels = config.draft_width, config.draft_size**2 * unet.in_channels
+    given += _dense(1, config.embed_dim + pooled, hidden) + _dense(1, hidden, hidden + pixels)
+    given += _conv(config.image_size, 3, unet.condition_channels, unet.channels)
+  context = config.num_image_tokens + length
+  for width in _attention_widths(unet):
+    given += _dense(context, unet.context_dim, 2 * width)
+  return given
 
 
 def _dense(rows: int, width: int, out: int) -> float:

@@ -133,8 +133,17 @@ def loop_collectives(text: str) -> list[str]:
     for name, computation in module.computations.items()
     if name in reached
     for instruction in computation.instructions.values()
-    if _COLLECTIVE.fullmatch(instruction.opcode)
+    if collective_kind(instruction) is not None
   ]
+
+
+def collective_kind(one: Instruction) -> str | None:
+  """As what devices exchange something: all-gather, send, ...; None where they do not.
+
+  An asynchronous one counts by its start.
+  """
+  found = _COLLECTIVE.fullmatch(one.opcode)
+  return found[1] if found else None
 
 
 def _matmul_flops(computation: Computation, one: Instruction) -> float:

@@ -12,7 +12,8 @@ _COMMENT = re.compile(r'/\*.*?\*/')
 _HEADER = re.compile(r'^(ENTRY\s+)?%?([\w.\-$]+)\s*(?:\(.*\)\s*->.*)?\{\s*$')
 _INSTRUCTION = re.compile(r'^\s+(ROOT\s+)?%?([\w.\-$]+)\s*=\s*(.*)$')
 _OPCODE = re.compile(r'\s([a-z][a-z0-9\-]*)\(')
-_SHAPE = re.compile(r'\b([a-z][a-z0-9]*)\[([^\]]*)\]')
+# With its layout, in which S(1) is the memory of a TPU's core; that of the chip is left out.
+_SHAPE = re.compile(r'\b([a-z][a-z0-9]*)\[([^\]]*)\](?:\{[^}]*\bS\(([1-9])\))?')
 _CALLED = re.compile(
   r'\b(?:calls|to_apply|body|condition|true_computation|false_computation|branch_computations'
   r'|called_computations|async_execution_computation)=(\{[^{}]*\}|%?[\w.\-$]+)'
@@ -21,10 +22,11 @@ _TRIP_COUNT = re.compile(r'known_trip_count\W+n\W+(\d+)')
 
 
 class Shape(NamedTuple):
-  """Of an array."""
+  """Of an array; `is_near` where it is not in main memory but at hand of a core."""
 
   dtype: str
   dims: tuple[int, ...]
+  is_near: bool = False
 
   @property
   def elements(self) -> int:
@@ -32,12 +34,17 @@ class Shape(NamedTuple):
     return math.prod(self.dims)
 
   @property
-  def bytes(self) -> float:
-    """What they take."""
+  def size(self) -> float:
+    """Bytes that they take, wherever."""
     bits = re.search(r'\d+', self.dtype)
     if bits is None:  # a pred, or a token, which is nothing
       return self.elements if self.dtype == 'pred' else 0
     return self.elements * int(bits[0]) / 8
+
+  @property
+  def bytes(self) -> float:
+    """What they take of main memory."""
+    return 0 if self.is_near else self.size
 
 
 class Instruction(NamedTuple):
@@ -57,7 +64,7 @@ class Instruction(NamedTuple):
 
   @property
   def bytes(self) -> float:
-    """What they take."""
+    """What they take of main memory."""
     return sum(shape.bytes for shape in self.shapes)
 
   @property
@@ -165,8 +172,8 @@ def _instruction(name: str, line: str) -> Instruction | None:
     named = re.findall(r'%([\w.\-$]+)', literal)
     operands = tuple(named or filter(None, map(str.strip, literal.split(','))))
   shapes = tuple(
-    Shape(dtype, tuple(int(d) for d in re.findall(r'\d+', dims)))
-    for dtype, dims in _SHAPE.findall(line[: opcode.start()])
+    Shape(dtype, tuple(int(d) for d in re.findall(r'\d+', dims)), bool(space))
+    for dtype, dims, space in _SHAPE.findall(line[: opcode.start()])
   )
   return Instruction(name, opcode[1], shapes, operands, literal, line[end + 1 :])
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 
 from unclip_jax.configs import UnclipConfig
-from unclip_jax.sharding import Mesh, batch_sharding, param_shardings
+from unclip_jax.sharding import Mesh, batch_sharding, described, param_shardings
 from unclip_jax.systems import by_columns, pipeline, requests
 from unclip_jax.systems.loading import expected_params
 from unclip_jax.systems.samples import OF_ROWS, Request
@@ -44,6 +44,9 @@ def compile_stages(
   dtype: Any,
   mesh: Mesh | None = None,
   report: Callable[[str], None] = lambda _: None,
+  wanted: str | None = None,
+  platforms: tuple[str, ...] | None = None,
+  look: Callable[[str, Any], None] = lambda *_: None,
 ) -> list[Prepared]:
   """Compiles what `Unclip.sample` runs for a request; reads no weights and runs nothing.
 
@@ -53,20 +56,18 @@ def compile_stages(
     dtype: of the networks.
     mesh: the devices that the batch is spread over, None for the default one.
     report: told of each stage as it begins.
+    wanted: the one stage whose programs are compiled, the others being traced; None for all.
+    platforms: that programs are lowered for; None for those of the devices.
+    look: given the stage and each of its programs.
 
   Returns:
     What was compiled, in the order of the stages.
   """
-
-  def describe(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
   params = expected_params(config, dtype)
   rows = {name: getattr(request, name) for name in OF_ROWS}
   if mesh is not None:
-    params = jax.tree.map(describe, params, param_shardings(params, mesh))
-    spread = batch_sharding(mesh)
-    rows = jax.tree.map(lambda leaf: describe(leaf, spread), rows)
+    params = described(params, param_shardings(params, mesh))
+    rows = described(rows, batch_sharding(mesh))
   elif 'prior' in params:
     params['prior'] = by_columns.lay_out(params['prior'])
   prepared: dict[str, Prepared] = {}
@@ -89,9 +90,15 @@ def compile_stages(
     if asked in results:
       return results[asked]
     started, hits_before = time.perf_counter(), len(hits)
-    lowered = program.lower(*args, **static)
+    traced = program.trace(*args, **static)
+    if wanted not in (None, stage):
+      made = traced.out_info
+      results[asked] = made if mesh is None else described(made, batch_sharding(mesh))
+      return results[asked]
+    lowered = traced.lower(lowering_platforms=platforms)
     compiled = lowered.compile()
     seconds = time.perf_counter() - started
+    look(stage, compiled)
     memory = compiled.memory_analysis()
     before = prepared.get(stage, Prepared(stage, 0, 0, 0.0, 0, 0))
     prepared[stage] = Prepared(
@@ -104,7 +111,7 @@ def compile_stages(
     )
     results[asked] = lowered.out_info
     if mesh is not None:
-      results[asked] = jax.tree.map(describe, lowered.out_info, compiled.output_shardings)
+      results[asked] = described(lowered.out_info, compiled.output_shardings)
     return results[asked]
 
   jax.monitoring.register_event_listener(listen)

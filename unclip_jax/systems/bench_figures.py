@@ -8,18 +8,15 @@ from importlib import metadata
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from unclip_jax.configs import DecoderConfig, PriorConfig, UnclipConfig, UpsamplerConfig
 from unclip_jax.measure import analytic
 from unclip_jax.measure.peaks import Peaks
 from unclip_jax.measure.timing import Spread, ratios, spread
-from unclip_jax.nn import convolution
 from unclip_jax.systems.bench_subject import Options, Subject, make_request
 from unclip_jax.systems.samples import Request
 from unclip_jax.systems.settings import StageSettings
-from unclip_jax.systems.stage_calls import Call
 from unclip_jax.types import UnclipError
 
 
@@ -59,22 +56,26 @@ def stage_config(config: UnclipConfig, stage: str) -> Any:
 
 
 def analytic_flops(
-  config: UnclipConfig, stage: str, request: Request, calls: Sequence[Call], dtype: Any
+  config: UnclipConfig, stage: str, request: Request, tiled: analytic.Tiled | None = None
 ) -> float | None:
-  """Matrix products and convolutions, counted by hand; None of what nobody has counted."""
+  """Matrix products and convolutions of a stage's sampling, by hand; None where nobody has counted.
+
+  Args:
+    config: of the model.
+    stage: its name.
+    request: of one batch.
+    tiled: of the module `analytic`.
+  """
   rows, own = len(request.captions), stage_config(config, stage)
-  is_exact = jax.default_backend() == 'cpu' and jnp.dtype(dtype) == jnp.float32
-  tiled = convolution.tile_size if is_exact else None
   if isinstance(own, PriorConfig):
-    steps, scale = len(request.prior.plan.t), request.prior.guidance_scale
-    guided = scale is not None
+    steps, guided = len(request.prior.plan.t), request.prior.guidance_scale is not None
     return analytic.prior_flops(own, rows, steps, guided, request.num_candidates)
   if stage == 'decoder' and isinstance(own, DecoderConfig):
     steps, guided = len(request.decoder.plan.t), request.decoder.guidance_scale is not None
     length = None if config.clip.text is None else config.clip.text.context_length
     return analytic.decoder_flops(own, rows, steps, guided, length, tiled)
   if isinstance(own, UpsamplerConfig):
-    return analytic.upsampler_flops(own, rows, len(calls[0].args['plan'].t), tiled)
+    return analytic.upsampler_flops(own, rows, len(_denoising(request)[stage].plan.t), tiled)
   return None
 
 

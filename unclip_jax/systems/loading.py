@@ -19,7 +19,7 @@ from unclip_jax.configs import (
   StableUnclipDecoderConfig,
   UnclipConfig,
 )
-from unclip_jax.sharding import Mesh, make_mesh, param_shardings, shard_params
+from unclip_jax.sharding import Mesh, described, make_mesh, param_shardings, shard_params
 from unclip_jax.stages import (
   ar_prior,
   autoencoder,
@@ -155,11 +155,7 @@ def read_stages(
       f'{", ".join(expected)}'
     )
   if mesh is not None:
-    expected = jax.tree.map(
-      lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-      expected,
-      param_shardings(expected, mesh),
-    )
+    expected = described(expected, param_shardings(expected, mesh))
   wanted = expected if names is None else names
   return {
     name: opened.stages[name].read(expected[name]) for name in wanted if name in opened.stages
