@@ -125,7 +125,9 @@ def test_a_snapshot_that_cannot_be_written_is_no_reason_to_hide_the_loss(tmp_pat
     raise UnclipError('no space')
 
   monkeypatch.setattr(bad_steps, 'write_bad_step', full)
-  with pytest.raises(UnclipError, match=r'is (nan|inf) at step 1: take .* \(it is not kept: no space'):
+  with pytest.raises(
+    UnclipError, match=r'is (nan|inf) at step 1: take .* \(it is not kept: no space'
+  ):
     train(tmp_path, rate=1e30)
 
 
