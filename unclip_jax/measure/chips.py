@@ -73,7 +73,7 @@ def _gpu(
   )  # fmt: skip
 
 
-# Google: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, read in November 2026. Their
+# Google: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x} (tpu7x: its announcement). Their
 # bandwidth between chips counts both ways: half of it is here. That page of v4 has none; Jouppi et
 # al. 2023 (arXiv 2304.01433), table 4: six links of 50 GB/s. v5e and v6e are closed to rings at 16
 # chips, the others at whole cubes of 4 (docs.cloud.google.com/tpu/docs/v4, "3D mesh and 3D torus").
