@@ -49,10 +49,11 @@ def test_generate_compiles_nothing_after_compile(tmp_path, devices):
   for weights in (tmp_path / 'model').glob('*.safetensors'):
     weights.rename(weights.with_suffix('.aside'))
     weights.write_bytes(b'')
-  sizes = ('--batch-sizes', '2,4') if devices == 1 else ('--batch-sizes', '4')
-  done, compiled = run(tmp_path, devices, 'compile', 'model', *sizes, *SETTINGS)
+  # Over 2 groups of devices a batch of 3 is filled up to 4.
+  sizes, num_compiled = ('2,4', 2) if devices == 1 else ('3,4', 1)
+  done, compiled = run(tmp_path, devices, 'compile', 'model', '--batch-sizes', sizes, *SETTINGS)
   assert done.returncode == 0, done.stderr
-  assert done.stdout.count('decoder') == len(sizes[1].split(','))
+  assert done.stdout.count('decoder') == num_compiled
   assert str(tmp_path / 'cache') in done.stdout
   assert len(compiled) > 10
   for weights in (tmp_path / 'model').glob('*.aside'):
@@ -65,13 +66,6 @@ def test_generate_compiles_nothing_after_compile(tmp_path, devices):
   done, more = run(tmp_path, devices, *arguments, '--prior-sampler', 'ddim')
   assert done.returncode == 0, done.stderr
   assert more > compiled
-
-
-def test_a_batch_that_does_not_divide_is_refused(tmp_path):
-  write_tiny_model(tmp_path / 'model')
-  done, _ = run(tmp_path, 4, 'compile', 'model', '--batch-sizes', '4,3')
-  assert done.returncode == 1
-  assert 'a batch of 3 cannot be spread over 2 devices: take a multiple of 2' in done.stderr
 
 
 @pytest.fixture

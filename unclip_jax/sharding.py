@@ -90,6 +90,12 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(DATA_AXIS))
 
 
+def filled_size(size: int, mesh: Mesh | None) -> int:
+  """The size that a batch is filled up to: one that divides over the devices, or groups of them."""
+  num_parts = 1 if mesh is None else mesh.shape[DATA_AXIS]
+  return -(-size // num_parts) * num_parts
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
   """Returns the placement that puts a whole copy on each device."""
   return NamedSharding(mesh, PartitionSpec())

@@ -40,7 +40,7 @@ def compile_ahead(
   import jax
   from rich.console import Console
 
-  from unclip_jax.sharding import make_mesh
+  from unclip_jax.sharding import filled_size, make_mesh
   from unclip_jax.systems import ahead, loading, requests, settings
   from unclip_jax.terminal import cache_folder, interrupts, plain_warnings, use_cache
   from unclip_jax.types import UnclipError
@@ -59,14 +59,8 @@ def compile_ahead(
     loading.read_stages(opened, network_dtype, names=())  # of no stage: it checks the config
     config = settings.at_size(opened.config, size)
     mesh = None if devices == model_devices == 1 else make_mesh(devices, model_devices)
-    groups = devices // model_devices
-    if uneven := [n for n in sizes if n % groups]:
-      raise UnclipError(
-        f'a batch of {uneven[0]} cannot be spread over {groups} devices: take a multiple of '
-        f'{groups}'
-      )
     prepared = []
-    for batch_size in sizes:
+    for batch_size in dict.fromkeys(filled_size(n, mesh) for n in sizes):
       request = requests.example(
         config,
         opened.tokenizer,

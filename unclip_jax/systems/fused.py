@@ -16,7 +16,7 @@ import numpy as np
 
 from unclip_jax.configs import KandinskyDecoderConfig, UnclipConfig
 from unclip_jax.data.tokenizer import Tokenizer
-from unclip_jax.sharding import Mesh, place_batch, replicated
+from unclip_jax.sharding import Mesh, filled_size, place_batch, replicated
 from unclip_jax.systems import by_columns, pipeline, requests, settings
 from unclip_jax.systems.samples import OF_ROWS, Request, check_finite, of_stages
 from unclip_jax.systems.settings import Sampling
@@ -73,7 +73,8 @@ class Fused:
     tokenizer: of its captions, None where the decoder alone reads them.
     decoder_tokenizer: of a decoder with a text encoder of its own.
     dtype: what the networks compute in.
-    batch_size: images that the program draws at once.
+    batch_size: images that are drawn at once; the program draws some more, which nobody asked for,
+      where that is no multiple of the number of devices.
     samplings: how stages are sampled, where not as the model says.
     num_candidates: embeddings that the prior draws for each image; None takes the model's.
     size: in pixels, of the images; None is the largest.
@@ -118,8 +119,8 @@ class Fused:
     asked = requests.Samplings(prior, decoder, upsampler)
     request = self._request(prompts, seed, num_images, first_image, negative_prompt, asked)
     drawn, n = [], len(request.captions)
-    for start in range(0, n, self.batch_size):
-      rows = np.arange(start, min(n, start + self.batch_size))
+    for start in range(0, n, self._num_rows):
+      rows = np.arange(start, min(n, start + self._num_rows))
       images, is_finite = jax.device_get(self.program(self.params, self._inputs(request, rows)))
       in_order = requests.stages(self.config, request)
       check_finite({name: is_finite[name] for name in in_order if name in is_finite})
@@ -147,9 +148,13 @@ class Fused:
   def made_for(self) -> tuple[dict[str, jax.ShapeDtypeStruct], Request]:
     """Names, shapes and types of the inputs, and what of a request is settled."""
     asked = requests.Samplings(_AS_MADE, _AS_MADE, _AS_MADE)
-    request = self._request(['a'] * self.batch_size, 0, 1, 0, None, asked)
+    request = self._request(['a'] * self._num_rows, 0, 1, 0, None, asked)
     inputs, how = split(request)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs), how
+
+  @property
+  def _num_rows(self) -> int:
+    return filled_size(self.batch_size, self.mesh)
 
   def _request(
     self,
@@ -184,7 +189,7 @@ class Fused:
 
   def _inputs(self, request: Request, rows: np.ndarray) -> dict[str, Array | np.ndarray]:
     """The inputs of some of a request's images, placed, if the program takes such."""
-    filled = np.pad(rows, (0, self.batch_size - len(rows)), mode='edge')
+    filled = np.pad(rows, (0, self._num_rows - len(rows)), mode='edge')
     inputs, how = split(request.take(filled))
     expected, settled = self.made_for
     _check_settled(how, settled)
@@ -211,7 +216,7 @@ def fuse(
 
   Args:
     model: opened by `load`.
-    batch_size: images that are drawn at once, a multiple of the number of devices.
+    batch_size: images that are drawn at once; over several devices filled up.
     prior: how the prior is sampled, where not as the model says; so the next two.
     decoder: the same for the decoder.
     upsampler: the same for all upsamplers.

@@ -23,7 +23,7 @@ import numpy as np
 from unclip_jax.configs import UnclipConfig
 from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.data.vocabulary import Vocabulary
-from unclip_jax.sharding import DATA_AXIS, Mesh
+from unclip_jax.sharding import Mesh, filled_size
 from unclip_jax.systems import notices, pipeline, programs, requests, samples, settings
 from unclip_jax.systems.given import as_array
 from unclip_jax.systems.loading import load_parts
@@ -266,9 +266,7 @@ class Unclip:
     if most is None:
       most = 4 if jax.default_backend() == 'cpu' else 16
     settings.check_count('the batch size', most)
-    size = min(most, 1 << (n - 1).bit_length())
-    devices = 1 if self.mesh is None else self.mesh.shape[DATA_AXIS]
-    return -(-size // devices) * devices
+    return filled_size(min(most, 1 << (n - 1).bit_length()), self.mesh)
 
   def _encode_text(self, texts: Sequence[str]) -> Array:
     tokens = self.tokenizer.encode(texts)
