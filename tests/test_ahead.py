@@ -58,7 +58,9 @@ def test_generate_compiles_nothing_after_compile(tmp_path, devices):
   assert len(compiled) > 10
   for weights in (tmp_path / 'model').glob('*.aside'):
     weights.rename(weights.with_suffix('.safetensors'))
-  arguments = ('generate', *TEXTS, '--model', 'model', *SETTINGS)
+  (tmp_path / 'prompts.txt').write_text('\n'.join(TEXTS))
+  prompts = ('--prompts', 'prompts.txt') if devices == 1 else TEXTS
+  arguments = ('generate', *prompts, '--model', 'model', *SETTINGS)
   done, after = run(tmp_path, devices, *arguments)
   assert done.returncode == 0, done.stderr
   assert after == compiled

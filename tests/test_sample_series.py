@@ -81,6 +81,25 @@ def test_one_program_serves_a_series(model):
   assert programs.sample_decoder._cache_size() == before
 
 
+def test_nothing_is_compiled_to_tell_a_model(model):
+  assert any(leaf.size > 4096 for leaf in jax.tree.leaves(model.params))
+  compiled = []
+
+  def listen(event, **_):
+    if event == '/jax/compilation_cache/compile_requests_use_cache':
+      compiled.append(event)
+
+  jax.clear_caches()
+  jax.monitoring.register_event_listener(listen)
+  try:
+    fingerprint(model)
+    assert not compiled
+    jax.numpy.ones(5).reshape(-1)[::2]
+    assert compiled
+  finally:
+    jax.monitoring.unregister_event_listener(listen)
+
+
 def test_a_model_is_told_from_another(model, tmp_path):
   assert fingerprint(model) == fingerprint(unclip_jax.load(write_tiny_model(tmp_path / 'same')))
   for change in (change_a_bias, change_a_kernel):

@@ -22,7 +22,12 @@ from unclip_jax.cli.options import (
 def compile_ahead(
   model: ModelArgument = 'default',
   batch_sizes: Annotated[
-    str, typer.Option(metavar='N,N', help='Pictures drawn at a time: one number or several.')
+    str,
+    typer.Option(
+      metavar='N,N',
+      help='Pictures drawn at a time: one number or several. Without --batch-size, generate draws '
+      '1, 2 or 4 of them on a CPU, else 1, 2, 4, 8 or 16.',
+    ),
   ] = '1',
   size: SizeOption = None,
   prior_model: PriorModelOption = None,

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
 from unclip_jax.systems.samples import Samples, first_rows
 from unclip_jax.systems.settings import Sampling
@@ -98,16 +99,20 @@ def sample_series(
 def fingerprint(model: Unclip) -> str:
   """What tells a model from another one, and from itself trained on: hexadecimal.
 
-  A digest of the parameters that are small, and of some numbers of each that is large: fast to get
-  from any device, and neither an update of the optimiser nor adapters leave them as they were.
+  A digest of the parameters that are small, and of some numbers of each that is large: neither an
+  update of the optimiser nor adapters leave them as they were. Nothing is compiled for it.
   """
   digest = hashlib.sha256()
   for stage in sorted(model.params):
-    leaves = jax.tree.leaves(model.params[stage])
-    for array in jax.device_get([_some(leaf) for leaf in leaves]):
+    for array in map(_some, jax.tree.leaves(model.params[stage])):
       digest.update(f'{stage} {array.dtype} {array.shape} '.encode() + array.tobytes())
   return digest.hexdigest()
 
 
-def _some(leaf: Array) -> Array:
-  return leaf if leaf.size <= _SMALL else leaf.reshape(-1)[:: leaf.size // _SMALL]
+def _some(leaf: Array | np.ndarray) -> np.ndarray:
+  if isinstance(leaf, jax.Array):
+    # An array keeps the copy that numpy is given, so this is given to one of the same memory.
+    shards = [shard.data for shard in leaf.addressable_shards]
+    leaf = jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
+  array = np.asarray(leaf)
+  return array if array.size <= _SMALL else array.reshape(-1)[:: array.size // _SMALL]
