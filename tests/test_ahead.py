@@ -1,6 +1,7 @@
 """Programs compiled ahead: `generate` with the same settings finds all of them."""
 
 import os
+import resource
 import subprocess
 import sys
 
@@ -101,6 +102,28 @@ def test_what_is_cached_is_counted(tmp_path):
   jax.clear_caches()
   again = ahead.compile_stages(CONFIG, request, jnp.float32)
   assert [stage.num_cached for stage in again] == [2, 4, 4]
+
+
+@pytest.mark.usefixtures('cache')
+def test_programs_that_cannot_be_kept_are_an_error(tmp_path, capsys):
+  """A limit on the size of files stands in for a full disk."""
+  model = write_tiny_model(tmp_path / 'model')
+  jax.clear_caches()
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))
+  try:
+    with pytest.raises(SystemExit) as stop:
+      main(['compile', str(model), *SETTINGS])
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+  assert stop.value.code == 1
+  shown = capsys.readouterr()
+  assert shown.out == ''
+  assert 'warning' not in shown.err
+  *_, line = shown.err.splitlines()
+  assert f'programs cannot be kept in {tmp_path / "cache"} (OSError: ' in line
+  assert 'File too large' in line
+  assert not list((tmp_path / 'cache').glob('*-cache'))
 
 
 @pytest.mark.parametrize(

@@ -14,25 +14,40 @@ import jax
 
 from unclip_jax.types import UnclipError
 
-# JAX's warning of a program that it cannot read back.
+# JAX's warnings of a program that it cannot read back, or keep.
 _DAMAGED = 'Error reading persistent compilation cache entry'
+_NOT_KEPT = 'Error writing persistent compilation cache entry'
 _ZSTD = b'\x28\xb5\x2f\xfd'
 
 
 @contextlib.contextmanager
-def plain_warnings(most: float = math.inf) -> Iterator[None]:
+def plain_warnings(most: float = math.inf, must_keep: bool = False) -> Iterator[None]:
   """Shows the package's warnings to people: a line each, without a place in the code.
 
   Beyond the first `most` they are only counted. A compiled program on disk that is cut short, as a
   process was killed while it wrote it, is dropped: it is compiled and kept again.
+
+  Args:
+    most: how many.
+    must_keep: whether compiled programs are all that is wanted.
+
+  Raises:
+    UnclipError: `must_keep`, and one cannot be kept; raised from where it is compiled.
   """
   count = 0
 
   def show(message: Warning | str, *_: object) -> None:
     nonlocal count
-    is_damaged = str(message).startswith(_DAMAGED)
-    if is_damaged and _drop_damaged(Path(jax.config.jax_compilation_cache_dir)):
+    text, cache = str(message), jax.config.jax_compilation_cache_dir
+    if text.startswith(_DAMAGED) and _drop_damaged(Path(cache)):
       message = 'a compiled program in the cache was damaged, and is made again'
+    elif must_keep and text.startswith((_DAMAGED, _NOT_KEPT)):
+      _drop_damaged(Path(cache))  # what could be written of it
+      reason = text.partition("': ")[2]  # after the program's name
+      raise UnclipError(
+        f'programs cannot be kept in {cache} ({reason}): free some space, or set '
+        'JAX_COMPILATION_CACHE_DIR to a folder that can be written'
+      )
     count += 1
     if count <= most:
       print(f'unclip-jax: warning: {message}', file=sys.stderr)

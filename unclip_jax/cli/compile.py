@@ -59,7 +59,7 @@ def compile_ahead(
     )
   network_dtype = settings.check_dtype(dtype)
   console = Console(stderr=True, highlight=False)
-  with plain_warnings(), interrupts() as check:
+  with plain_warnings(must_keep=True), interrupts() as check:
     opened = loading.open_model(model, prior_model)
     loading.read_stages(opened, network_dtype, names=())  # of no stage: it checks the config
     config = settings.at_size(opened.config, size)
