@@ -20,6 +20,7 @@ from tiny_model import TEXTS, levels_apart, write_tiny_model
 
 import unclip_jax
 from unclip_jax.cli import main
+from unclip_jax.cli.series import open_series
 from unclip_jax.display import SeriesDisplay
 from unclip_jax.images import read_text
 from unclip_jax.systems.prompt_file import Line, read_lines, scan
@@ -121,6 +122,8 @@ BAD_FILES = {
   'blank': (b'\n  \n\r\n', '', ['no prompt', 'only 3 empty lines']),
   'bad bytes': (b'a fox\nan \xe4pple\n', '', ['line 2', 'byte 4 (0xE4)', 'UTF-8']),
   'UTF-16': ('a fox'.encode('utf-16'), '', ['line 1', 'byte 1 (0xFF)', 'UTF-8']),
+  'UTF-16 without a mark': ('a fox'.encode('utf-16-le'), '', ['line 1', 'UTF-16?', 'as UTF-8']),
+  'old line ends': (b'a fox\ran owl\r', '', ['line 1', 'carriage return', 'line feeds']),
   'cut within a character': ('a fox\nÄ'.encode()[:-1], '', ['line 2', 'byte 1 (0xC3)']),
   'a control character': (b'a fox\n\na\tb\n', '', ['line 3', 'U+0009', 'character 2']),
   'no lines': (b'a' * (2**20 + 1), '', ['line 1', '1,048,576 bytes']),
@@ -133,8 +136,20 @@ BAD_FILES = {
   'a number': (b'{"prompt": 7}', '.jsonl', ['prompt in line 1', 'not int']),
   'a seed': (b'{"prompt": "a", "seed": -1}', '.jsonl', ['seed in line 1', 'is -1']),
   'a count': (b'{"prompt": "a", "num_images": 1.5}', '.jsonl', ['images in line 1', '1.5']),
+  'a large count': (
+    b'{"prompt": "a"}\n{"prompt": "a", "num_images": 5000000000}',
+    '.jsonl',
+    ['last image of line 2', '4999999999'],
+  ),
   'a name': (b'{"prompt": "a", "name": ["b"]}', '.jsonl', ['name in line 1', 'not list']),
 }
+
+
+def test_a_folder_with_the_name_of_a_picture_is_none(prompts, tmp_path):
+  series = open_series(str(prompts), str(tmp_path / 'out'), 0, 1, 0)
+  item = next(series.items())
+  (series.folder / item.name).mkdir(parents=True)
+  assert not series.is_drawn(item)
 
 
 def test_what_can_be_read_only_once_is_refused(capsys, tmp_path):
@@ -289,7 +304,7 @@ def test_a_folder_of_another_run_is_refused(folder, prompts, tmp_path, capsys):
     ((folder, other_prompts, out), 'prompts'),
     ((folder, prompts, out, '--seed', 1), 'seed'),
     ((folder, prompts, out, '--num-images', 2, '--first-image', 1), 'num_images, first_image'),
-    ((folder, prompts, out, '--decoder-steps', 2, '--negative-prompt', 'x'), 'decoder, negative_p'),
+    ((folder, prompts, out, '--decoder-steps', 2, '--negative-prompt', 'x'), 'decoder.num_steps'),
     ((folder, prompts, out, '--size', 32), 'size'),
     ((folder, prompts, out, '--lora-strength', 2, '--lora', tmp_path / 'none'), 'none'),
   ):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
+import jax
 from etils import epath
 from rich.console import Console
 
@@ -63,7 +64,8 @@ class Series(NamedTuple):
   def is_drawn(self, item: Item) -> bool:
     """Whether the picture is there; an empty file is what a loss of power left of one."""
     try:
-      return (self.folder / item.name).stat().length > 0
+      found = (self.folder / item.name).stat()
+      return found.length > 0 and not found.is_directory
     except FileNotFoundError:
       return False
 
@@ -76,8 +78,7 @@ def open_series(path: str, out: str, seed: int, num_images: int, first_image: in
   """
   settings.check_seed(seed)
   settings.check_first(first_image)
-  scan = prompt_file.scan(path, num_images)
-  settings.check_last(first_image + scan.most_images - 1)
+  scan = prompt_file.scan(path, num_images, first_image)
   series = Series(path, scan, reach(out), seed, num_images, first_image)
   _check_manifest(series.folder, _describe(series))
   return series
@@ -221,9 +222,15 @@ def _differing(found: Any, wanted: dict[str, Any]) -> list[str]:
     return ['format_version']
   names = [name for name in wanted if name != 'settings' and found.get(name) != wanted[name]]
   if 'settings' in wanted:
-    one, other = found.get('settings', {}), wanted['settings']
+    one, other = _by_names(found.get('settings', {})), _by_names(wanted['settings'])
     names += [name for name in sorted(one | other) if one.get(name) != other.get(name)]
   return names
+
+
+def _by_names(tree: Any) -> dict[str, Any]:
+  """Settings of stages one by one: 'decoder.num_steps', 'upsamplers.0.sampler'."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {jax.tree_util.keystr(path, simple=True, separator='.'): leaf for path, leaf in leaves}
 
 
 def _write_manifest(folder: epath.Path, manifest: dict[str, Any]) -> None:

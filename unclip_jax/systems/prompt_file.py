@@ -76,12 +76,13 @@ def read_lines(path: os.PathLike[str] | str) -> Iterator[Line]:
       yield _parse(text, what, number) if is_json else _line(number, text.strip(' '), what)
 
 
-def scan(path: os.PathLike[str] | str, num_images: int) -> Scan:
+def scan(path: os.PathLike[str] | str, num_images: int, first_image: int = 0) -> Scan:
   """Reads a file once, to find mistakes in it before anything is drawn.
 
   Args:
     path: the file.
     num_images: pictures of a prompt that does not say.
+    first_image: the index of each prompt's first picture.
 
   Raises:
     UnclipError: as `read_lines`; or there is no prompt in it.
@@ -95,6 +96,8 @@ def scan(path: os.PathLike[str] | str, num_images: int) -> Scan:
   num_prompts, total, most, last_line = 0, 0, 0, 0
   for line in read_lines(path):
     wanted = num_images if line.num_images is None else line.num_images
+    where = '' if line.num_images is None else f' of line {line.number} of {os.fspath(path)}'
+    settings.check_last(first_image + wanted - 1, where)
     num_prompts, total = num_prompts + 1, total + wanted
     most, last_line = max(most, wanted), line.number
   digest, num_lines = hashlib.sha256(), 0
@@ -135,6 +138,13 @@ def _decode(raw: bytes, what: str, is_first: bool) -> str:
   raw = raw.removesuffix(b'\n').removesuffix(b'\r')
   if is_first:
     raw = raw.removeprefix(b'\xef\xbb\xbf')  # Notepad's mark of UTF-8
+  if b'\0' in raw:
+    raise UnclipError(f'{what} has a zero byte (is it UTF-16?): save the file as UTF-8')
+  if b'\r' in raw.strip():
+    raise UnclipError(
+      f'{what} has a carriage return within (do lines end in one alone?): save the file with line '
+      'feeds'
+    )
   try:
     return raw.decode()
   except UnicodeDecodeError as error:

@@ -303,9 +303,9 @@ def check_first(index: object) -> int:
   return check_count('the index of the first image', index, 0)
 
 
-def check_last(index: object) -> int:
-  """`index` of a prompt's last image; as `check_count`."""
-  return check_count('the index of the last image', index, 0, _MAX_INDEX)
+def check_last(index: object, where: str = '') -> int:
+  """`index` of a prompt's last image; as `check_count`. Messages go on with `where`."""
+  return check_count(f'the index of the last image{where}', index, 0, _MAX_INDEX)
 
 
 def check_dtype(dtype: Any) -> np.dtype:
