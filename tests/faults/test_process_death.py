@@ -18,7 +18,8 @@ def test_the_rest_stop_and_say_which_has_died(tmp_path):
   ]
   checkpoints = tmp_path / 'clip' / 'checkpoints'
   while not (checkpoints / '4').exists():
-    assert all(process.poll() is None for process in started)
+    ended = [process.communicate()[1] for process in started if process.poll() is not None]
+    assert not ended, ended
     time.sleep(0.05)
   started[1].send_signal(signal.SIGKILL)
   _, said = started[0].communicate(timeout=300)
