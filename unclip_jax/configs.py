@@ -369,3 +369,5 @@ class UnclipConfig:
   # Of a decoder whose captions are read by neither CLIP nor itself.
   decoder_text: XlmRobertaConfig | TextConfig | None = None
   autoencoder: AutoencoderConfig | None = None  # where the decoder paints latents
+  # Of the pictures of a call that names no size, in pixels; None: as the last stage makes them.
+  default_size: int | None = None

@@ -1,4 +1,4 @@
-"""The presets: `tiny` for tests, `emoji_small` (32 -> 128 px), `emoji` (64 -> 256), `paper`.
+"""The presets: `tiny` for tests, `emoji_small` (32 -> 128 px, or 1024), `emoji` (64 -> 256), `paper`.
 
 Those that end in `_ar` have the autoregressive prior in place of the diffusion prior.
 """
@@ -150,7 +150,28 @@ EMOJI_SMALL = UnclipConfig(
       # backgrounds.
       keep_low=4,
     ),
+    UpsamplerConfig(
+      image_size=1024,
+      low_size=128,
+      unet=UNetConfig(
+        in_channels=3,
+        out_channels=3,
+        channels=32,
+        multipliers=(1, 1, 1),
+        num_res_blocks=1,
+        condition_channels=3,
+        # Blocks of 8 pixels would leave traces in outlines that 32 channels draw.
+        patch_size=4,
+        num_groups=8,
+      ),
+      diffusion=DiffusionConfig(prediction='x_0', clip_x_0=1.0),
+      sampling=SamplingConfig(num_steps=4, sampler='ddim', spacing='trailing'),
+      degradation='bsr',
+      keep_low=4,
+    ),
   ),
+  # 1024 px take a CPU longer than all stages before.
+  default_size=128,
 )
 
 # On an accelerator; like `emoji_small` it stays below 28 MiB in bfloat16, to come with the package.

@@ -76,7 +76,7 @@ class Fused:
     batch_size: images that the program draws at once.
     samplings: how stages are sampled, where not as the model says.
     num_candidates: embeddings that the prior draws for each image; None takes the model's.
-    size: in pixels, of the images; None is the largest.
+    size: in pixels, of the images; None is the model's own.
     program: (params, inputs) -> Drawn.
     mesh: the devices that a batch is spread over, None for the default one.
     eps_power: of stages, what the sampler analytic needs.
@@ -216,7 +216,7 @@ def fuse(
     decoder: the same for the decoder.
     upsampler: the same for all upsamplers.
     num_candidates: embeddings that the prior draws for each image; None takes the model's.
-    size: in pixels, that of the stage to stop at; None goes to the end.
+    size: in pixels, that of the stage to stop at; None as of `Unclip.sample`.
 
   Raises:
     UnclipError: an argument is not as of `Unclip.sample`, or the model draws no pictures of
