@@ -1,4 +1,4 @@
-"""The presets: `tiny` for tests, `emoji_small` (32 -> 128 px, or 1024), `emoji` (64 -> 256), `paper`.
+"""Presets: `tiny` for tests, `emoji_small` (32 -> 128 -> 1024 px), `emoji` (64 -> 256), `paper`.
 
 Those that end in `_ar` have the autoregressive prior in place of the diffusion prior.
 """
