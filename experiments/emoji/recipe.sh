@@ -54,6 +54,7 @@ else
   ar_prior=()
   decoder=()
   upsampler=()
+  upsampler_1=()
   judge=()
 fi
 
