@@ -17,7 +17,7 @@ cd "$(dirname "$0")/../.."
 preset=${PRESET:-emoji_small}
 data=$run/data
 large=$run/data_1024
-vectors=(--styles flat gradient --groups animals-nature food-drink travel-places)
+vectors=(--styles flat noto --groups animals-nature food-drink)
 domain=(--preset "$preset")
 if [ "$preset" = emoji_small ]; then
   size=128
