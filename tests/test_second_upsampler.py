@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -17,6 +18,8 @@ from experiments.emoji.pool import captioned_emoji, make_crops
 from unclip_jax.config_json import override, to_json
 from unclip_jax.data.pictures import PictureConfig, make_picture
 from unclip_jax.presets import preset
+from unclip_jax.stages import common as stage_common
+from unclip_jax.stages import upsampler
 from unclip_jax.types import UnclipError
 from unclip_jax.weights.folder import read_manifest
 
@@ -83,6 +86,27 @@ def test_crops_depend_on_their_seed_and_index_alone():
   np.testing.assert_array_equal(some.low, more.low)
   other = make_crops(source, 4, CUT, seed=6)
   assert (some.images != other.images).any() and (some.low != other.low).any()
+
+
+def test_an_untrained_residual_is_the_enlarged_picture():
+  """The last convolution is zero at first; what is not residual begins with nothing."""
+  draw = np.random.default_rng(0).uniform(-1, 1, (2, 8, 8, 3)).astype(np.float32)
+  config = dataclasses.replace(SECOND, keep_low=0)
+  assert config.residual
+  params = upsampler.init(config, jax.random.key(0))
+  smooth = np.asarray(upsampler.upscale(draw, 64))
+  for is_residual in (True, False):
+    config = dataclasses.replace(config, residual=is_residual)
+    plan = stage_common.make_plan(config.diffusion, config.sampling)
+    keys = jax.random.split(jax.random.key(1), 2)
+    sampler = stage_common.make_sampler('ddim', 'fixed_small', 0.0)
+    sample = jax.jit(lambda *args: upsampler.sample(config, *args, plan, sampler)[0])  # noqa: B023
+    drawn = sample(params, draw, keys)
+    expected = np.clip(smooth, -1, 1) if is_residual else 0 * smooth
+    np.testing.assert_allclose(drawn, expected, atol=1e-5)
+    _, metrics = upsampler.loss(config, params, 0 * smooth, draw, jax.random.key(2))
+    wanted = np.mean(smooth**2) if is_residual else 0
+    assert float(metrics['mse']) == pytest.approx(wanted, rel=1e-5, abs=1e-9)
 
 
 @pytest.fixture(scope='module')

@@ -184,6 +184,8 @@ def _check_upsampler(name: str, stage: UpsamplerConfig) -> None:
     raise UnclipError(
       f'{name}.degradation is {stage.degradation!r}: take one of {", ".join(DEGRADATIONS)}'
     )
+  if stage.residual and (stage.diffusion.prediction != 'x_0' or stage.diffusion.learned_variance):
+    raise UnclipError(f'{name}.residual is true: its network must predict x_0, and no variance')
   if stage.keep_low < 0:
     raise UnclipError(f'{name}.keep_low is {stage.keep_low}: take 0 or more')
   sizes = {'low_size': stage.low_size, 'image_size': stage.image_size}
