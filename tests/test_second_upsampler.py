@@ -72,6 +72,7 @@ def test_crops_are_cut_and_degraded_one_picture_at_a_time():
   assert examples.composed == [0, 1, 2]
   for i, place in enumerate((0, 0, 0, 1, 1, 1, 2)):
     image = examples.source[place].image
+    assert crops.captions[i] == examples.source[place].caption
     found = make_picture(image, '', CUT, np.random.default_rng((5, i)))
     np.testing.assert_array_equal(crops.images[i], found.image)
     # Of the crop: what lies beside it leaves no trace.
