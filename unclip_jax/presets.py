@@ -153,17 +153,8 @@ EMOJI_SMALL = UnclipConfig(
     UpsamplerConfig(
       image_size=1024,
       low_size=128,
-      unet=UNetConfig(
-        in_channels=3,
-        out_channels=3,
-        # One level, of as many cells as the small picture has pixels: a CPU has no time for more.
-        channels=40,
-        multipliers=(1,),
-        num_res_blocks=1,
-        condition_channels=3,
-        patch_size=8,
-        num_groups=8,
-      ),
+      # One level, of as many cells as the small picture has pixels: a CPU has no time for more.
+      unet=UNetConfig(3, 3, 40, (1,), 1, condition_channels=3, patch_size=8, num_groups=8),
       diffusion=DiffusionConfig(prediction='x_0', clip_x_0=1.0),
       sampling=SamplingConfig(num_steps=4, sampler='ddim', spacing='trailing'),
       degradation='bsr',
