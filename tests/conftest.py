@@ -4,6 +4,7 @@ That warnings are errors is set in pyproject.toml, where pytest reads it before 
 """
 
 import gc
+import os
 import shutil
 import tempfile
 
@@ -15,6 +16,7 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update('jax_default_matmul_precision', 'highest')
 # Most of a test's time is compiling: without LLVM's passes for fast code it is two thirds of that.
 jax.config.update('jax_disable_most_optimizations', True)
+os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'  # and of the processes that tests start
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -68,7 +68,7 @@ def test_spikes_are_left_out_counted_and_noted(tmp_path):
     skipped = [i for i in (after - 2, after - 1) if i in noted]
     assert metrics['skipped'] == len(skipped)
     assert len(metrics.get('loss', ())) == len(metrics.get('largest', ())) == 2 - len(skipped)
-    assert after <= FEWEST or 'loss' not in metrics or max(metrics['loss']) < 10
+    assert after <= FEWEST or 'loss' not in metrics or max(metrics['loss']) < 1000
     assert not {'bad', 'loss_limit'} & metrics.keys()
   for step, one in noted.items():
     assert re.fullmatch(r'loss is 1\d{3}\.\d+, a spike above the limit of \d+\.\d+', one['what'])

@@ -108,7 +108,7 @@ def test_shares_are_of_the_peaks_of_the_run(results):
     ):
       expected = entry[amount] / took / results['peaks'][peak]
       assert entry[share] == pytest.approx(expected)
-  assert results['peaks']['skinny_rows'] == 6
+  assert results['peaks']['skinny_rows'] == 3 * 2 * 2 * 2
 
 
 def test_the_memory_of_a_program_holds_its_parameters(results):
@@ -240,7 +240,7 @@ def test_the_command_writes_what_it_is_asked_for(tmp_path, capsys):
   results = json.loads(files['json'].read_text())
   assert [(e['stage'], e['batch_size']) for e in results['stages']] == [('clip', 1), ('clip', 2)]
   assert results['about']['steps'] == {'prior': 3, 'decoder': 2, 'upsampler_0': 2}
-  assert results['about']['guided'] == [] and results['peaks']['skinny_rows'] == 3
+  assert results['about']['guided'] == [] and results['peaks']['skinny_rows'] == 3 * 2
   assert files['png'].exists()
   assert list((tmp_path / 'p').rglob('*.xplane.pb'))
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_pictures import encoded, pixels, write_shard
+from made_pictures import encoded, pixels, write_shard, write_tar
 from processes import environment, free_address, start_function
 from trained_processes import SHORT, by_hand, losses, measure_nothing, train_twice
 
@@ -163,8 +163,13 @@ def test_a_model_keeps_its_tokenizer_and_a_preset_takes_another(tmp_path):
   assert parse('--preset=tiny').tokenizer.vocab_size == 49408  # the run's own
 
 
-def test_a_bad_step_on_pictures_is_kept_with_the_names_of_its_examples(shards, tmp_path):
+def test_a_bad_step_on_pictures_is_kept_with_the_names_of_its_examples(tmp_path):
   """Of the updates between two lines of the log those after it are not made."""
+  large = {
+    f'{number:09d}.png': encoded(np.asarray(pixels(number)).repeat(2, 0).repeat(2, 1))
+    for number in range(24)
+  }
+  shards = write_tar(tmp_path / 'large.tar', large)
   options = [*SHORT, '--chunk=4', '--set=optimizer.learning_rate=1e30']
   with pytest.raises(UnclipError, match=r'is (nan|inf) at step 1: '):
     train_upsampler.main([f'--run={tmp_path}', f'--shards={shards}', *options])

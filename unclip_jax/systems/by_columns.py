@@ -18,6 +18,7 @@ from unclip_jax.types import Array, Params
 
 # Numbers of a kernel that is laid out so; a smaller one stays in the caches.
 MIN_SIZE = 2**20
+_ALIGNMENT = 64  # in bytes, of memory that JAX takes over and does not copy
 # Kernels of a Transformer's blocks, and how many of their axes are inputs.
 _KERNELS = ((r'(qkv|mlp_in|mlp_out)/kernel', 1), (r'attention_out/kernel', 2))
 
@@ -46,7 +47,7 @@ def lay_out(params: Params) -> Params:
       place = Format(Layout(order), jnp.zeros(()).sharding)
       leaves[i] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
     else:
-      leaves[i] = jax.device_put(leaf, Format(Layout(order), leaf.sharding))
+      leaves[i] = _laid_out(leaf, order)
   return jax.tree.unflatten(structure, leaves)
 
 
@@ -64,7 +65,7 @@ def view(params: Params) -> Params:
     shape = (int(np.prod(columns[:outputs])), int(np.prod(columns[outputs:])))
     if isinstance(leaf, jax.ShapeDtypeStruct):
       return ByColumns(jax.ShapeDtypeStruct(shape, leaf.dtype), leaf.shape)
-    return ByColumns(jax.dlpack.from_dlpack(np.asarray(_Memory(leaf, shape))), leaf.shape)
+    return ByColumns(jax.device_put(np.asarray(_Memory(leaf, shape))), leaf.shape)
 
   is_leaf = lambda leaf: isinstance(leaf, ByColumns)  # noqa: E731
   return jax.tree_util.tree_map_with_path(see, params, is_leaf=is_leaf)
@@ -89,19 +90,32 @@ class Program:
     """As that of a jitted function."""
     return self._jitted.lower(view(params), *args, **static)
 
+  def __getattr__(self, name: str) -> Any:
+    return getattr(self._jitted, name)
+
 
 class _Memory:
   """The memory of an array that lies by columns, for numpy, which keeps it as long as it looks."""
 
   def __init__(self, array: Array, shape: tuple[int, int]) -> None:
     self._array = array
-    # JAX takes over no memory that must not be written to. Nobody writes to it.
+    # JAX copies memory that must not be written to. Nobody writes to it.
     self.__array_interface__ = {
       'version': 3,
       'shape': shape,
       'typestr': array.dtype.str,
       'data': (array.unsafe_buffer_pointer(), False),
     }
+
+
+def _laid_out(kernel: Array, order: tuple[int, ...]) -> Array:
+  """The same in memory of another order, by numpy: a program for each shape would be compiled."""
+  source = np.asarray(kernel).transpose(order)
+  memory = np.empty(source.nbytes + _ALIGNMENT, np.uint8)
+  start = -memory.ctypes.data % _ALIGNMENT
+  target = memory[start : start + source.nbytes].view(source.dtype).reshape(source.shape)
+  target[...] = source
+  return jax.dlpack.from_dlpack(target.transpose(np.argsort(order)))
 
 
 def _num_inputs(path: Any) -> int | None:
