@@ -66,7 +66,7 @@ def test_generate_compiles_nothing_after_compile(tmp_path, devices):
   assert done.returncode == 0, done.stderr
   assert after == compiled
   # What needs other programs does compile them: the comparison above can fail.
-  done, more = run(tmp_path, devices, *arguments, '--prior-sampler', 'ddim')
+  done, more = run(tmp_path, devices, *arguments, '--prior-sampler', 'ddim', '--out', 'other')
   assert done.returncode == 0, done.stderr
   assert more > compiled
 
