@@ -121,7 +121,7 @@ BAD_FILES = {
   'empty': (b'', '', ['no prompt', 'nothing']),
   'blank': (b'\n  \n\r\n', '', ['no prompt', 'only 3 empty lines']),
   'bad bytes': (b'a fox\nan \xe4pple\n', '', ['line 2', 'byte 4 (0xE4)', 'UTF-8']),
-  'UTF-16': ('a fox'.encode('utf-16'), '', ['line 1', 'byte 1 (0xFF)', 'UTF-8']),
+  'UTF-16': ('a fox'.encode('utf-16'), '', ['line 1', 'UTF-16', 'UTF-8']),
   'UTF-16 without a mark': ('a fox'.encode('utf-16-le'), '', ['line 1', 'UTF-16?', 'as UTF-8']),
   'old line ends': (b'a fox\ran owl\r', '', ['line 1', 'carriage return', 'line feeds']),
   'cut within a character': ('a fox\nÄ'.encode()[:-1], '', ['line 2', 'byte 1 (0xC3)']),
