@@ -183,5 +183,6 @@ def load_parts(
   if mesh is not None:
     return opened, shard_params(params, mesh), mesh
   if 'prior' in params:
-    params['prior'] = by_columns.lay_out(params.pop('prior'))
+    own, params['prior'] = [params['prior']], None  # its place among the stages is kept
+    params['prior'] = by_columns.lay_out(own.pop())
   return opened, params, None
