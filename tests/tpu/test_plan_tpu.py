@@ -1,15 +1,13 @@
-"""Plans for TPUs, by their own compiler; skipped where libtpu, of the extra `plan`, is missing."""
+"""Plans for TPUs, by their own compiler: libtpu, of the extra `plan`.
 
-import importlib.util
+Asked for by name, as where libtpu is installed every import of JAX looks for a TPU.
+"""
+
 import json
 
 import pytest
 from test_plan import run
 
-pytestmark = pytest.mark.skipif(
-  importlib.util.find_spec('libtpu') is None,
-  reason="libtpu is not installed: pip install -e '.[plan]'",
-)
 # What is compiled for a TPU takes ten seconds of a core a layer.
 TINY = ('--preset', 'tiny', '--set', 'prior.depth=1', '--topology', 'v5e:2x2')
 
