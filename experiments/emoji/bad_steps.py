@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.emoji.options import TrainConfig
+from unclip_jax import sharding
 from unclip_jax.systems.bad_step import write_bad_step
 from unclip_jax.train.guard import BAD, LIMIT, why_bad
 from unclip_jax.train.state import Draw, Metrics, TrainState, TrainStep, draw_batch
@@ -59,7 +60,7 @@ def make_watch(
     if streams:
       examples = data.examples(step)
     else:
-      indices = np.asarray(draw(data, key, jnp.int32(step)).indices)
+      indices = sharding.fetch(draw(data, key, jnp.int32(step)).indices)
       texts = captions
       if texts is None:
         texts = {i: train.tokenizer.decode(np.asarray(data['ids'][i])) for i in indices}
