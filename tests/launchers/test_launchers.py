@@ -74,7 +74,14 @@ def test_scripts_are_read_by_bash_and_say_how_they_are_used(script):
       'gcloud',
       {'TPU': 'mine', 'ZONE': 'here'},
       'compute tpus tpu-vm ssh mine --zone here --worker=all --command '
-      r'python3 -u -m unclip_jax generate --distributed --devices 4 --prompts a\ b.txt',
+      r'cd . && python3 -u -m unclip_jax generate --distributed --devices 4 --prompts a\ b.txt',
+    ),
+    (
+      'tpu_vm.sh',
+      'gcloud',
+      {'TPU': 'mine', 'ZONE': 'here', 'PROGRAM': 'experiments.emoji.train_clip', 'CLONE': 'clone'},
+      'compute tpus tpu-vm ssh mine --zone here --worker=all --command '
+      r'cd clone && python3 -u -m experiments.emoji.train_clip --distributed --prompts a\ b.txt',
     ),
   ],
 )
