@@ -109,18 +109,31 @@ def test_a_state_that_is_too_large_is_not_even_compiled(monkeypatch):
   assert 'NO' in text and 'bound by' not in text
 
 
-def test_what_the_compiler_cannot_place_is_a_figure(monkeypatch):
-  message = (
-    'RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. '
-    'Used 21.95G of 15.48G hbm. Exceeded hbm capacity by 6.47G.'
-  )
+@pytest.mark.parametrize(
+  ('message', 'with_arguments'),
+  [
+    (
+      'XLA:TPU compile permanent error. Ran out of memory in memory space hbm. '
+      'Used 21.95G of 15.48G hbm. Exceeded hbm capacity by 6.47G.',
+      False,
+    ),
+    (
+      'Ran out of memory on HBM, the total memory required for HLO temporaries (21.95G) '
+      'exceeds available HBM (15.48G).',
+      True,
+    ),
+  ],
+)
+def test_what_the_compiler_cannot_place_is_a_figure(monkeypatch, message, with_arguments):
+  message = f'RESOURCE_EXHAUSTED: {message}'
 
   def fail(_):
     raise jax.errors.JaxRuntimeError(message)
 
   monkeypatch.setattr(plan._Step, 'compile', fail)
   found = plan.plan_training(SMALL, 'prior', this_machine(), SETTINGS)
-  assert (found.needed, found.available) == (21.95 * 2**30, 15.48 * 2**30)
+  assert found.needed == 21.95 * 2**30 + with_arguments * found.arguments
+  assert found.available == 15.48 * 2**30
   assert not found.fits and found.memory is None
   advised = plan.advice(found, this_machine(), SETTINGS)
   assert advised == 'try --remat, --accumulate 2, a larger topology'

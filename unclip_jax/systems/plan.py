@@ -35,8 +35,11 @@ from unclip_jax.train.presets import Recipe, paper_recipe
 from unclip_jax.train.state import init_state, make_optimizer, make_train_step
 from unclip_jax.types import UnclipError
 
-# What libtpu says of a program that its chip cannot hold.
+# What libtpu says of a program that its chip cannot hold: of all of it, or of its temporaries alone.
 _TOO_LARGE = re.compile(r'Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm')
+_TOO_MANY_TEMPORARIES = re.compile(
+  r'temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)'
+)
 _UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 
 
@@ -283,12 +286,14 @@ def _compiled(
   try:
     compile_all(look)
   except jax.errors.JaxRuntimeError as error:
-    found = _TOO_LARGE.search(str(error))
+    too_large = _TOO_LARGE.search(str(error))
+    found = too_large or _TOO_MANY_TEMPORARIES.search(str(error))
     if 'RESOURCE_EXHAUSTED' not in str(error) or found is None:
       raise
     used, used_unit, limit, limit_unit = found.groups()
     return plan._replace(
-      needed=float(used) * _UNITS[used_unit], available=float(limit) * _UNITS[limit_unit]
+      needed=float(used) * _UNITS[used_unit] + (0 if too_large else plan.arguments),
+      available=float(limit) * _UNITS[limit_unit],
     )
   took = time.perf_counter() - started
   memory = max(memories, key=lambda one: one.total)
