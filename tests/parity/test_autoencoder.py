@@ -111,14 +111,14 @@ def key_layers(model):
   return [name for name, _ in model.named_modules() if name.endswith('.to_k')]
 
 
-def run_twin(twin, image, latent):
+def run_twin(twin, image, latent, dtype=torch.float64):
   """What a twin computes, in float64: its own float32 may be off by more than the tolerance."""
-  twin = copy.deepcopy(twin).double()
+  twin = copy.deepcopy(twin).to(dtype)
   keys = {}
   for name in key_layers(twin):
     layer = twin.get_submodule(name)
     layer.register_forward_hook(lambda layer, x, y, name=name: keys.update({name: y}))
-  image, latent = (torch.from_numpy(np.moveaxis(x, -1, 1)).double() for x in (image, latent))
+  image, latent = (torch.from_numpy(np.moveaxis(x, -1, 1)).to(dtype) for x in (image, latent))
   if isinstance(twin, diffusers.VQModel):
     encoded = [twin.encode(image).latents]
     decoded = twin.decode(latent, force_not_quantize=True).sample
@@ -205,8 +205,10 @@ def test_autoencoder_agrees_with_diffusers(name, seed):
   paths = qkv_paths(config, key_layers(twin))
   actual, expected = run_ours(config, paths, params, *inputs), run_twin(twin, *inputs)
   worst = twins.worst_deviation(actual, expected)
-  print(f'{name} {worst:.1e}')
-  assert worst < TOLERANCE
+  own = twins.worst_deviation(run_twin(twin, *inputs, dtype=torch.float32), expected)
+  print(f'{name} {worst:.1e}, float32 of diffusers {own:.1e}')
+  # Which of the two is nearer to float64 is a matter of the processor.
+  assert worst < max(TOLERANCE, 1.5 * own)
 
 
 @pytest.mark.parametrize('name', CONFIGS)
