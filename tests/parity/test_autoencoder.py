@@ -113,7 +113,7 @@ def key_layers(model):
 
 def run_twin(twin, image, latent, dtype=torch.float64):
   """What a twin computes, in float64: its own float32 may be off by more than the tolerance."""
-  twin = copy.deepcopy(twin).to(dtype)
+  twin = copy.deepcopy(twin).double() if dtype == torch.float64 else twin
   keys = {}
   for name in key_layers(twin):
     layer = twin.get_submodule(name)

@@ -35,7 +35,7 @@ from unclip_jax.train.presets import Recipe, paper_recipe
 from unclip_jax.train.state import init_state, make_optimizer, make_train_step
 from unclip_jax.types import UnclipError
 
-# What libtpu says of a program that its chip cannot hold: of all of it, or of its temporaries alone.
+# What libtpu says of a program that its chip cannot hold: of all of it, or of temporaries alone.
 _TOO_LARGE = re.compile(r'Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm')
 _TOO_MANY_TEMPORARIES = re.compile(
   r'temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)'
