@@ -14,10 +14,10 @@ made anew each time. A peer's end to end is the sum of the stages, as two copies
 much memory.
 
 The JSON has, with seconds as {median, least, most, values}:
-  about       date, model, dtype, steps, samplers, guided (stages), rounds, platform, device,
-              num_devices, machine, threads, load (of the machine, before), versions; peer (name,
-              versions, device, threads, attention); resumed (stages that an earlier run measured,
-              with its date)
+  about       date, model, dtype, steps, samplers, guided (stages), rounds, model_devices (share one
+              copy of the parameters), platform, device, num_devices, machine, threads, load (of the
+              machine, before), versions; peer (name, versions, device, threads, attention); resumed
+              (stages that an earlier run measured, with its date)
   peaks       flops_per_second (of a large matrix product), bytes_per_second (of a large copy, read
               and written), skinny_bytes_per_second (weights of a product of skinny_rows rows)
   stages      a list, of each stage, number of devices and batch size:
@@ -121,6 +121,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
   )
   parser.add_argument('--batch-sizes', nargs='+', type=int, default=[1])
   parser.add_argument('--devices', nargs='+', type=int, default=[1])
+  parser.add_argument(
+    '--model-devices', type=int, default=1, help='how many of them share one copy of the parameters'
+  )
   parser.add_argument('--dtype', default='float32')
   parser.add_argument('--steps', nargs='+', type=int, default=[], help='as 25 25 7')
   parser.add_argument('--sampler')
@@ -142,6 +145,7 @@ def main(arguments: list[str] | None = None) -> None:
   options = bench_subject.Options(
     batch_sizes=tuple(args.batch_sizes),
     devices=tuple(args.devices),
+    model_devices=args.model_devices,
     dtype=args.dtype,
     steps=tuple(args.steps),
     sampler=args.sampler,

@@ -251,8 +251,10 @@ def test_a_batch_that_two_devices_do_not_divide_is_filled_up(tmp_path):
 from unclip_jax.measure import peaks
 peaks._SIDE, peaks._BYTES = {SMALL_PEAKS['_SIDE']}, {SMALL_PEAKS['_BYTES']}
 from experiments.bench_sampling import main
-main('--preset tiny --stages clip --batch-sizes 3 --devices 1 2 --rounds 1'.split()
-     + ['--json', {str(path)!r}])
+small = ['--preset', 'tiny', '--rounds', '1', '--stages']
+main([*small, *'clip --batch-sizes 3 --devices 1 2'.split(), '--json', {str(path)!r}])
+shared = '--batch-sizes 1 --steps 1 1 1 --devices 2 --model-devices 2'
+main([*small, 'prior', 'end_to_end', *shared.split(), '--json', {str(tmp_path / 'b.json')!r}])
 """
   flags = '--xla_force_host_platform_device_count=2'
   environment = {**os.environ, 'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'}
@@ -263,6 +265,12 @@ main('--preset tiny --stages clip --batch-sizes 3 --devices 1 2 --rounds 1'.spli
   one, two = json.loads(path.read_text())['stages']
   assert (one['devices'], two['devices']) == (1, 2)
   assert two['matmul_flops'] == pytest.approx(4 / 3 * one['matmul_flops'])
+  assert '2 devices share one copy of the parameters' in ' '.join(done.stdout.split())
+  shared = json.loads((tmp_path / 'b.json').read_text())
+  assert shared['about']['model_devices'] == 2 and shared['end_to_end'][0]['devices'] == 2
+  (prior,) = shared['stages']
+  # One picture is not filled up to two; what is too small to be split, both compute.
+  assert 1 <= prior['matmul_flops'] / prior['analytic_flops'] < 1.9
 
 
 @pytest.mark.parametrize(
@@ -278,6 +286,8 @@ main('--preset tiny --stages clip --batch-sizes 3 --devices 1 2 --rounds 1'.spli
     (('--preset', 'tiny', '--json', '/dev/null', '--plot', '/dev/null'), 'names of their own'),
     (('--preset', 'tiny', '--batch-sizes', 'many'), 'whole numbers from 1'),
     (('--preset', 'tiny', '--devices', '4000'), 'ask for 1 to'),
+    (('--preset', 'tiny', '--model-devices', '2'), '1 devices do not divide into groups of 2'),
+    (('--preset', 'tiny', '--model-devices', '0'), 'share the parameters'),
     (('--preset', 'tiny', '--rounds', '0'), 'the number of rounds is 0'),
     (('--preset', 'tiny', '--steps', '3,3'), 'give 3 numbers, of prior, decoder, upsampler'),
     (('--preset', 'tiny', '--steps', '3,3,2000'), 'upsampler'),

@@ -9,6 +9,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from processes import environment, free_address, start_function
 
 from unclip_jax import processes, sharding
@@ -22,6 +23,7 @@ from unclip_jax.sharding import (
   place_whole,
   process_rows,
 )
+from unclip_jax.systems.bad_step import read_bad_step, write_bad_step
 from unclip_jax.train.state import (
   OptimizerConfig,
   epoch_indices,
@@ -35,7 +37,7 @@ NUM_STEPS, BATCH, POOL = 3, 8, 20
 
 
 def train_on_rows(mesh):
-  """Losses and state of a run whose process reads the rows of its devices alone, and these."""
+  """Of a run whose process reads its own rows alone: losses, state, rows, and a next step."""
   pool = {'x': np.random.default_rng(0).normal(size=(POOL, 16)).astype(np.float32)}
   optimizer = make_optimizer(OptimizerConfig(learning_rate=0.01, eps=1e-3), NUM_STEPS)
   seen = []
@@ -57,9 +59,11 @@ def train_on_rows(mesh):
     order = np.asarray(epoch_indices(jax.random.key(7), i, POOL, BATCH))
     mine = order[process_rows(BATCH, mesh)]
     seen.append(mine.tolist())
-    state, metrics = update(state, place_rows({'x': pool['x'][mine]}, BATCH, mesh))
+    batch = place_rows({'x': pool['x'][mine]}, BATCH, mesh)
+    state, metrics = update(state, batch)
     losses.append(float(metrics['loss']))
-  return losses, state, seen
+  key = place_whole(np.asarray(jax.random.key_data(jax.random.key(0))), mesh)
+  return losses, state, seen, (step, state, batch, jax.random.wrap_key_data(key))
 
 
 def draw():
@@ -70,10 +74,12 @@ def one_of_two(number, address, folder):
   sharding.FSDP_MIN_SIZE = 64  # nothing is large here
   processes.start_processes(address, 2, int(number))
   mesh = make_mesh(all_processes=True)
-  losses, state, seen = train_on_rows(mesh)
+  losses, state, seen, following = train_on_rows(mesh)
   assert not state.params['w'].is_fully_addressable
   with Checkpoints(folder) as checkpoints:
     checkpoints.save(NUM_STEPS, state)
+  for _ in range(2):  # the second in place of the first
+    write_bad_step(f'{folder}_bad', *following, {'step': NUM_STEPS})
   made = make_state(draw, mesh, fsdp=True)
   assert made['w'].addressable_data(0).size == made['w'].size // 4
   again = place_state(made, mesh)
@@ -95,7 +101,7 @@ def test_two_processes_train_as_one_and_each_reads_its_own_rows(tmp_path):
   (losses, seen, made, asked), (others_losses, others_seen, *others) = (
     json.loads(out.splitlines()[-1]) for out, _ in said
   )
-  wanted_losses, wanted, all_rows = train_on_rows(make_mesh(1))
+  wanted_losses, wanted, all_rows, (step, *given) = train_on_rows(make_mesh(1))
   assert losses == others_losses and [made, asked] == others
   np.testing.assert_allclose(made, draw()['w'], atol=1e-6)
   assert asked == [True, False]
@@ -104,3 +110,6 @@ def test_two_processes_train_as_one_and_each_reads_its_own_rows(tmp_path):
   with Checkpoints(tmp_path / 'run') as checkpoints:
     opened = checkpoints.restore(wanted)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), opened, wanted)
+  bad_step = read_bad_step(f'{tmp_path / "run"}_bad')
+  assert bad_step.about == {'step': NUM_STEPS}
+  assert bad_step.run()['loss'] == pytest.approx(float(step(*given)[1]['loss']), rel=1e-5)

@@ -312,7 +312,7 @@ def run(main: Callable[[], None]) -> None:
     if not jax.distributed.is_initialized():
       raise
     traceback.print_exc()
-    if isinstance(error, jax.errors.JaxRuntimeError):
+    if processes.is_of_program(error):
       processes.end_with_others(str(error).splitlines()[0])
     processes.end_all(type(error).__name__)
 

@@ -4,7 +4,14 @@ from typing import Annotated
 
 import typer
 
-from unclip_jax.cli.options import MACHINE, OUTPUT, PriorModelOption, numbers, option
+from unclip_jax.cli.options import (
+  MACHINE,
+  OUTPUT,
+  ModelDevicesOption,
+  PriorModelOption,
+  numbers,
+  option,
+)
 
 MEASURED = 'What is measured'
 
@@ -37,6 +44,7 @@ def bench(
       metavar='N,N,...', help='Devices that a batch is spread over.', rich_help_panel=MACHINE
     ),
   ] = '1',
+  model_devices: ModelDevicesOption = 1,
   dtype: Annotated[
     str, typer.Option(help='float32, bfloat16 or float16.', rich_help_panel=MACHINE)
   ] = 'float32',
@@ -83,7 +91,13 @@ def bench(
   from unclip_jax.terminal import memory_errors, plain_warnings
 
   asked = bench_subject.Options(
-    dtype=dtype, sampler=sampler, guided=guided, rounds=rounds, profile=profile, **options
+    model_devices=model_devices,
+    dtype=dtype,
+    sampler=sampler,
+    guided=guided,
+    rounds=rounds,
+    profile=profile,
+    **options,
   )
   with plain_warnings(), memory_errors():
     outputs = Outputs.checked(json, plot, profile)

@@ -139,7 +139,7 @@ def _head(about: Mapping[str, Any], peaks: Mapping[str, Any]) -> str:
   versions = dict(about['versions']) | (peer['versions'] if peer else {})
   steps = ', '.join(f'{name} {n}' for name, n in about['steps'].items())
   samplers = ', '.join(dict.fromkeys(about['samplers'].values()))
-  threads = f'{about["threads"]} threads'
+  threads, shared = f'{about["threads"]} threads', about['model_devices']
   if peer:
     threads += f' (torch {peer["threads"]}, on {peer["device"]}, {peer["attention"]})'
   lines = [
@@ -148,7 +148,8 @@ def _head(about: Mapping[str, Any], peaks: Mapping[str, Any]) -> str:
     f'{about["machine"]}, {threads}',
     'versions  ' + ', '.join(f'{name} {version}' for name, version in versions.items()),
     f'steps     {steps}; {samplers}; guided: {", ".join(about["guided"]) or "nothing"}; '
-    f'{about["rounds"]} rounds',
+    f'{about["rounds"]} rounds'
+    + (f'; {shared} devices share one copy of the parameters' if shared > 1 else ''),
     f'peaks     {peaks["flops_per_second"] / 1e12:.3g} TFLOP/s, copy '
     f'{peaks["bytes_per_second"] / 1e9:.3g} GB/s, a product of {peaks["skinny_rows"]} rows '
     f'{peaks["skinny_bytes_per_second"] / 1e9:.3g} GB/s of weights',

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 from jax import export
 
+from unclip_jax.processes import any_process
 from unclip_jax.train.state import Batch, Metrics, TrainState, TrainStep
 from unclip_jax.types import Array, UnclipError
 from unclip_jax.weights.checkpoint import Checkpoints
@@ -78,11 +79,15 @@ def write_bad_step(
   shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in inputs.items()}
   lowered = export.export(jax.jit(program))(shapes)
   text = json.dumps(dict(about), indent=2, ensure_ascii=False) + '\n'
-  try:
-    if jax.process_index() == 0:
+  reason = None
+  if jax.process_index() == 0:
+    try:
       folder.rmtree(missing_ok=True)
-  except OSError as error:
-    raise UnclipError(f'cannot write {folder} ({error.strerror or error})') from error
+    except OSError as error:
+      reason = error.strerror or error
+  # None begins to write before that is done.
+  if any_process(reason is not None):
+    raise UnclipError(f'cannot write {folder} ({reason or "says process 0"})')
   with Checkpoints(folder / INPUTS_NAME) as checkpoints:
     checkpoints.save(0, inputs)
   if jax.process_index() > 0:

@@ -19,7 +19,7 @@ from unclip_jax.measure.hlo import Cost, program_cost
 from unclip_jax.measure.peaks import measure_peaks
 from unclip_jax.measure.timing import Spread, alternate, peak_memory, ratios, seconds, spread
 from unclip_jax.nn import convolution
-from unclip_jax.sharding import Mesh, make_mesh, replicated
+from unclip_jax.sharding import Mesh, make_mesh, shard_params
 from unclip_jax.systems import bench_figures as figures
 from unclip_jax.systems import by_columns, pipeline, requests, settings
 from unclip_jax.systems.bench_subject import Options, Subject, make_request
@@ -75,8 +75,9 @@ def check(subject: Subject, options: Options, peer: Peer | None = None) -> list[
       raise UnclipError(f'the {name} {twice[0]} is asked for twice: give it once')
   if peer is not None and 1 not in options.devices:
     raise UnclipError(f'{peer.name} runs on one device: let 1 be among the numbers of devices')
+  settings.check_count('the number of devices that share the parameters', options.model_devices)
   for count in options.devices:
-    make_mesh(settings.check_count('the number of devices', count))
+    make_mesh(settings.check_count('the number of devices', count), options.model_devices)
   settings.check_count('the number of rounds', options.rounds)
   request = make_request(subject, options, 1)
   known = requests.stages(subject.config, request)
@@ -158,17 +159,22 @@ class _Bench:
 
   def places(self) -> Iterator[tuple[int, Mesh | None]]:
     for count in self.options.devices:
-      yield count, None if count == 1 else make_mesh(count)
+      yield count, None if count == 1 else make_mesh(count, self.options.model_devices)
+
+  def groups(self, devices: int) -> int:
+    """Copies of the parameters, over which a batch is spread."""
+    return devices // self.options.model_devices
 
   def request(self, batch: int, devices: int) -> Request:
-    return make_request(self.subject, self.options, -(-batch // devices) * devices)
+    groups = self.groups(devices)
+    return make_request(self.subject, self.options, -(-batch // groups) * groups)
 
   def whole(self) -> list[dict[str, Any]]:
     """From captions to pictures, by all devices and batch sizes."""
     return [entry for devices, mesh in self.places() for entry in self.whole_on(devices, mesh)]
 
   def whole_on(self, devices: int, mesh: Mesh | None) -> list[dict[str, Any]]:
-    """The same on so many devices, which hold all parameters."""
+    """The same on so many devices, which hold the parameters of all stages."""
     config, found = self.subject.config, []
     names = requests.stages(config, self.request(1, devices))
     params = {name: _placed(self.subject.read(name, self.dtype), mesh) for name in names}
@@ -266,7 +272,7 @@ class _Bench:
         [steps - steps // 2] * self.options.rounds,
       )
       if each.median > 0:  # else it is less than what runs differ by
-        rows = _rows_of_prior(request) * batch // devices
+        rows = _rows_of_prior(request) * batch // self.groups(devices)
         entry['step'] = {'rows': rows, **self.step_of_prior(each)}
     if twin is not None:
       ours = _result(results[OURS])
@@ -286,10 +292,10 @@ class _Bench:
     return entry
 
   def step_of_prior(self, each: Spread) -> dict[str, Any]:
-    """A step, and how fast it reads the weights."""
+    """A step, and how fast a device reads its weights."""
     config = self.subject.config.prior
     weights = 12 * config.depth * config.width**2 + 2 * config.embed_dim * config.width
-    read = weights * self.dtype.itemsize
+    read = weights * self.dtype.itemsize / self.options.model_devices
     return {'seconds': figures.plain(each), 'weights_bytes_per_second': read / each.median}
 
 
@@ -342,7 +348,7 @@ def _result(made: Any) -> np.ndarray:
 
 
 def _placed(params: Params, mesh: Mesh | None) -> Params:
-  return params if mesh is None else jax.device_put(params, replicated(mesh))
+  return params if mesh is None else shard_params(params, mesh)
 
 
 def _against(peer: Mapping[str, Any] | None) -> str:

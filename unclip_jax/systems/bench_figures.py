@@ -137,6 +137,7 @@ def about(subject: Subject, options: Options) -> dict[str, Any]:
       if stage is not None and stage.guidance_scale is not None
     ],
     'rounds': options.rounds,
+    'model_devices': options.model_devices,
     **machine(),
   }
 

@@ -30,6 +30,7 @@ class Options:
   Attributes:
     batch_sizes: images at a time; filled up where the devices do not divide one.
     devices: over how many a batch is spread, one after the other.
+    model_devices: how many of them share one copy of the parameters.
     dtype: of networks and parameters.
     steps: of each stage of the model that denoises in their order (prior, decoder, upsamplers
       together); empty: the model's own.
@@ -42,6 +43,7 @@ class Options:
 
   batch_sizes: tuple[int, ...] = (1,)
   devices: tuple[int, ...] = (1,)
+  model_devices: int = 1
   dtype: str = 'float32'
   steps: tuple[int, ...] = ()
   sampler: str | None = None

@@ -147,10 +147,10 @@ class Checkpoints:
     self.wait()
     if any(checkpoint.step == step for checkpoint in self._manager.checkpoints):
       return
+    # What could not be computed, as another process has died, is no matter of this folder's.
+    custom = {_DIGEST: digest(jax.block_until_ready(state))}
     try:
-      response = self._manager.save_async(
-        step, state, force=True, custom_metadata={_DIGEST: digest(state)}
-      )
+      response = self._manager.save_async(step, state, force=True, custom_metadata=custom)
     except (OSError, ValueError) as error:
       raise self._not_written(step, error) from error
     self._written = (step, response)
