@@ -6,7 +6,6 @@ ends, the others cannot go on.
 """
 
 import os
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -26,7 +25,6 @@ _LEAST_HEARTBEAT_SECONDS = 5  # with less, a busy machine looks like a dead one
 _END_SECONDS = 10**7
 _POLL_SECONDS = 0.2
 _SLACK_SECONDS = 20
-_STATUS = re.compile(r'[A-Z]+(_[A-Z]+)*: ')  # as UNKNOWN: Gloo AllGather failed
 
 
 class Processes(NamedTuple):
@@ -138,16 +136,6 @@ def end_with_others(said: str) -> NoReturn:
   print(about, file=sys.stderr, flush=True)
   time.sleep(HEARTBEAT_SECONDS + _SLACK_SECONDS)
   end_all(said)
-
-
-def is_of_program(error: Exception) -> bool:
-  """Whether a program of JAX's failed, as it does where another process that runs it has died.
-
-  Reading its results raises a ValueError of the same text.
-  """
-  if isinstance(error, jax.errors.JaxRuntimeError):
-    return True
-  return isinstance(error, ValueError) and _STATUS.match(str(error)) is not None
 
 
 def _check_by_hand(coordinator: str, num_processes: int, process_id: int) -> None:

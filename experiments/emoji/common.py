@@ -312,7 +312,8 @@ def run(main: Callable[[], None]) -> None:
     if not jax.distributed.is_initialized():
       raise
     traceback.print_exc()
-    if processes.is_of_program(error):
+    # A program that another process has left; where its results are read, that is a ValueError.
+    if isinstance(error, jax.errors.JaxRuntimeError | ValueError):
       processes.end_with_others(str(error).splitlines()[0])
     processes.end_all(type(error).__name__)
 

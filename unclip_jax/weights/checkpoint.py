@@ -8,6 +8,7 @@ import contextlib
 import gc
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, Self, TypeVar
@@ -24,6 +25,8 @@ from unclip_jax.weights.safetensors import named_leaves
 State = TypeVar('State')
 
 _DIGEST = 'digest'  # its name among what Orbax keeps with a checkpoint
+# In an error where processes were to meet, which Orbax lets them do, and one has died.
+_LEFT = re.compile(r'\b(Gloo|NCCL)\b')
 
 
 def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -108,6 +111,8 @@ class Checkpoints:
       with _quiet():
         response.result()
     except (OSError, ValueError) as error:
+      if _LEFT.search(str(error)):
+        raise
       with contextlib.suppress(OSError, ValueError), _quiet():
         self._manager.wait()  # which else would raise the same once more as it is closed
       raise self._not_written(step, error) from error
@@ -147,11 +152,12 @@ class Checkpoints:
     self.wait()
     if any(checkpoint.step == step for checkpoint in self._manager.checkpoints):
       return
-    # What could not be computed, as another process has died, is no matter of this folder's.
     custom = {_DIGEST: digest(jax.block_until_ready(state))}
     try:
       response = self._manager.save_async(step, state, force=True, custom_metadata=custom)
     except (OSError, ValueError) as error:
+      if _LEFT.search(str(error)):
+        raise
       raise self._not_written(step, error) from error
     self._written = (step, response)
 
