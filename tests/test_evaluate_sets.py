@@ -1,4 +1,4 @@
-"""The measures of sets of features, against computations of SciPy and numpy that are written out."""
+"""Measures of sets of features, against computations of SciPy and numpy that are written out."""
 
 import numpy as np
 import pytest
