@@ -1,4 +1,4 @@
-"""The command line, `unclip-jax`: generate, info, convert, compile, export, bench and plan.
+"""The command line, `unclip-jax`: generate, info, evaluate, convert and others.
 
 What takes long to import (JAX, and all that needs it) is imported by the commands, so that --help
 and slips of the fingers are answered at once.
@@ -13,6 +13,7 @@ import unclip_jax
 from unclip_jax.cli.bench import bench
 from unclip_jax.cli.compile import compile_ahead
 from unclip_jax.cli.convert import convert
+from unclip_jax.cli.evaluate import evaluate
 from unclip_jax.cli.export import export
 from unclip_jax.cli.generate import generate
 from unclip_jax.cli.info import info
@@ -31,6 +32,7 @@ app.command(epilog='Example: unclip-jax generate "a red apple, flat style" "a ro
 app.command(epilog='Example: unclip-jax info --vocabulary --matching fish --pictures fish.png')(
   info
 )
+app.command(epilog='Example: unclip-jax evaluate out --reference coco --inception fid.pth')(evaluate)
 app.command(epilog='Example: unclip-jax convert kakaobrain/karlo-v1-alpha karlo --dtype bfloat16')(
   convert
 )
