@@ -49,6 +49,29 @@ def _notes(figures: Sequence[Entry]) -> Iterator[str]:
     yield f'{setting}: {", ".join(dict.fromkeys(of))}'
 
 
+def sweep_to_text(results: Mapping[str, Any]) -> str:
+  """A table of a sweep, a line for each scale."""
+  first = results['rows'][0]
+  distance, score = first['distance'], first['clip_score']
+  title = (
+    f'guidance of the {results["about"]["stage"]}, at {distance["resolution"]} px, resized by '
+    f'{distance["resize"]}'
+  )
+  names = ['guidance', distance['figure'], score['figure'], '', 'generated', 'reference']
+  rows = [
+    [
+      f'{row["guidance"]:g}',
+      f'{row["distance"]["value"]:.4f}',
+      f'{row["clip_score"]["value"]:.4f}',
+      _spread(row['clip_score']),
+      f'{row["distance"]["generated"]:,}',
+      f'{row["distance"]["reference"]:,}',
+    ]
+    for row in results['rows']
+  ]
+  return '\n'.join([table(title, names, rows), '', *_notes([distance, score])])
+
+
 def warnings_of(figures: Sequence[Entry]) -> list[str]:
   """What is to be said of figures, once each."""
   found = (f'{entry["figure"]}: {entry["warning"]}' for entry in figures if entry.get('warning'))
