@@ -93,7 +93,7 @@ def means_network(dims=6):
     batches.append(images.shape)
     return np.float32(images.reshape(len(images), -1) / 255.0 @ weights)
 
-  return FeatureNetwork('inception', 'sums', dims, '16 px', encode), encode, batches
+  return FeatureNetwork('inception', 'sums', dims, 16, '16 px', encode), encode, batches
 
 
 def test_a_folder_streams_through_in_batches_of_one_shape(folders):

@@ -1,4 +1,4 @@
-"""The command line, `unclip-jax`: generate, info, evaluate, sweep, convert and others.
+"""The command line, `unclip-jax`: generate, info, evaluate, sweep, probe, convert and others.
 
 What takes long to import (JAX, and all that needs it) is imported by the commands, so that --help
 and slips of the fingers are answered at once.
@@ -18,6 +18,7 @@ from unclip_jax.cli.export import export
 from unclip_jax.cli.generate import generate
 from unclip_jax.cli.info import info
 from unclip_jax.cli.plan import plan
+from unclip_jax.cli.probe import probe
 from unclip_jax.cli.sweep import sweep
 
 app = typer.Typer(
@@ -39,6 +40,7 @@ app.command(epilog='Example: unclip-jax evaluate out --reference coco --inceptio
 app.command(epilog='Example: unclip-jax sweep coco --clip ViT-L-14.pt --num 2000 --plot sweep.png')(
   sweep
 )
+app.command(epilog='Example: unclip-jax probe val --train train --model ViT-L-14.pt')(probe)
 app.command(epilog='Example: unclip-jax convert kakaobrain/karlo-v1-alpha karlo --dtype bfloat16')(
   convert
 )

@@ -6,7 +6,7 @@ with each other (kernels, neighbours, captions) is of as many as are kept, drawn
 
 import dataclasses
 import datetime
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ import numpy as np
 from unclip_jax.data.examples import Source
 from unclip_jax.evaluate import cosines, frechet, kernel, neighbours, retrieval
 from unclip_jax.systems.feature_networks import ClipJudge, FeatureNetwork
-from unclip_jax.systems.picture_sets import Pictured, first_size, read_pictures
+from unclip_jax.systems.picture_sets import Pictured, batches, first_size, read_pictures
 from unclip_jax.systems.settings import check_count, check_seed
 from unclip_jax.types import UnclipError
 
@@ -119,13 +119,10 @@ def look(
   parts = [_Sums(network.dims) for network in networks]
   captions: list[tuple[str, ...]] = []
   done = 0
-  for batch in _batches(pictures, options.batch_size):
-    images = np.stack([picture.image for picture in batch])
-    # Filled up: one shape, and so one program, for all batches.
-    full = np.pad(images, ((0, options.batch_size - len(batch)), *[(0, 0)] * 3), mode='edge')
+  for batch, images in batches(pictures, options.batch_size):
     is_kept = np.array([picture.index in kept for picture in batch])
     for network, sums in zip(networks, parts, strict=True):
-      sums.add(network.encode(full)[: len(batch)], is_kept)
+      sums.add(network.encode(images)[: len(batch)], is_kept)
     captions += [picture.captions for picture in batch if picture.index in kept]
     done += len(batch)
     tell(done)
@@ -156,17 +153,6 @@ class _Sums:
     if self._waiting:
       rows = frechet.moments_of(np.concatenate(self._waiting))
       self._moments, self._waiting = frechet.merge([self._moments, rows]), []
-
-
-def _batches(pictures: Iterable[Pictured], size: int) -> Iterator[list[Pictured]]:
-  batch: list[Pictured] = []
-  for picture in pictures:
-    batch.append(picture)
-    if len(batch) == size:
-      yield batch
-      batch = []
-  if batch:
-    yield batch
 
 
 # --- Figures.

@@ -1,6 +1,6 @@
 """Figures of evaluations as text, and a sweep of guidance as a picture."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ def to_text(figures: Sequence[Entry]) -> str:
     ]
     for entry in figures
   ]
-  return '\n'.join([table(title, names, rows), '', *_notes(figures)])
+  return '\n'.join([table(title, names, rows), '', *_networks(figures), *_settings(figures)])
 
 
 def _spread(entry: Entry) -> str:
@@ -37,16 +37,20 @@ def _spread(entry: Entry) -> str:
   return f'[{entry["low"]:.4f}, {entry["high"]:.4f}]' if 'low' in entry else ''
 
 
-def _notes(figures: Sequence[Entry]) -> Iterator[str]:
-  networks = {entry['features']: entry for entry in figures}
-  for name, entry in networks.items():
-    yield f'{name}: {entry["dims"]} dimensions; pictures at {entry["preparation"]}'
-  settings: dict[str, list[str]] = {}
+def _networks(figures: Sequence[Entry]) -> list[str]:
+  named = {entry['features']: entry for entry in figures}
+  return [
+    f'{name}: {entry["dims"]} dimensions; pictures at {entry["preparation"]}'
+    for name, entry in named.items()
+  ]
+
+
+def _settings(figures: Sequence[Entry]) -> list[str]:
+  named: dict[str, list[str]] = {}
   for entry in figures:
     if entry.get('settings'):
-      settings.setdefault(entry['settings'], []).append(entry['figure'])
-  for setting, of in settings.items():
-    yield f'{setting}: {", ".join(dict.fromkeys(of))}'
+      named.setdefault(entry['settings'], []).append(entry['figure'])
+  return [f'{setting}: {", ".join(dict.fromkeys(of))}' for setting, of in named.items()]
 
 
 def sweep_to_text(results: Mapping[str, Any]) -> str:
@@ -69,7 +73,17 @@ def sweep_to_text(results: Mapping[str, Any]) -> str:
     ]
     for row in results['rows']
   ]
-  return '\n'.join([table(title, names, rows), '', *_notes([distance, score])])
+  return '\n'.join([table(title, names, rows), '', *_networks([distance, score])])
+
+
+def probe_to_text(figures: Sequence[Entry]) -> str:
+  """A table of what was measured of a CLIP."""
+  rows = [
+    [entry['figure'], f'{entry["value"]:.4f}', f'{entry["count"]:,}', entry['settings']]
+    for entry in figures
+  ]
+  title = f'at {figures[0]["resolution"]} px'
+  return '\n'.join([table(title, ['figure', 'value', 'of', ''], rows), '', *_networks(figures)])
 
 
 def warnings_of(figures: Sequence[Entry]) -> list[str]:

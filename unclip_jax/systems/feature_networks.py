@@ -31,6 +31,7 @@ class FeatureNetwork(NamedTuple):
     kind: what it is, which decides on the figures that are made of its features.
     name: for people: which weights.
     dims: of the features.
+    size: pixels a side that it takes.
     preparation: for people: how pictures come to the size that it takes.
     encode: pictures uint8 [b, h, w, 3] -> features float32 [b, dims]; compiled for each b, h, w.
   """
@@ -38,6 +39,7 @@ class FeatureNetwork(NamedTuple):
   kind: Literal['inception', 'clip']
   name: str
   dims: int
+  size: int
   preparation: str
   encode: Callable[[np.ndarray], np.ndarray]
 
@@ -83,6 +85,7 @@ def open_inception(path: str | os.PathLike[str], preparation: str, mesh: Mesh) -
     'inception',
     f'Inception {file_digest(path)}',
     inception.DIM,
+    inception.SIZE,
     f'{inception.SIZE} px as {preparation}',
     lambda images: np.asarray(run(params, images)),
   )
@@ -116,6 +119,7 @@ def open_clip(model: str | os.PathLike[str], mesh: Mesh) -> ClipJudge:
     'clip',
     f'CLIP {os.path.basename(os.fspath(model).rstrip("/"))}',
     config.embed_dim,
+    size,
     f'{size} px, bicubic',
     lambda images: np.asarray(run(params, images)),
   )

@@ -6,8 +6,9 @@ figure is of all pictures of a folder.
 
 import collections
 import io
+import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -51,16 +52,30 @@ def first_size(source: Source) -> int:
   raise UnclipError('there are no pictures to evaluate: give a folder that has some')
 
 
-def read_pictures(source: Source, size: int, kernel: str) -> Iterator[Pictured]:
+def batches(pictures: Iterable[Pictured], size: int) -> Iterator[tuple[list[Pictured], np.ndarray]]:
+  """Pictures in groups, and their images uint8 [size, h, w, 3]: one shape for one program.
+
+  Where there are fewer than `size`, the last of a group is repeated.
+  """
+  pictures = iter(pictures)
+  while batch := list(itertools.islice(pictures, size)):
+    images = [picture.image for picture in batch]
+    yield batch, np.stack(images + [images[-1]] * (size - len(batch)))
+
+
+def read_pictures(
+  source: Source, size: int, kernel: str, enlarge: bool = False
+) -> Iterator[Pictured]:
   """All pictures in their order; the grids that `unclip-jax generate` makes are left out.
 
   Args:
     source: of the pictures.
     size: the shorter side is reduced to it, and the middle cut out.
     kernel: of the reduction, as `PictureConfig` has it.
+    enlarge: whether smaller pictures are enlarged.
 
   Raises:
-    UnclipError: a picture cannot be read, or has fewer pixels; names it.
+    UnclipError: a picture cannot be read, or has fewer pixels and is not enlarged; names it.
   """
   config = PictureConfig(size, kernel=kernel)
   threads = min(_MOST_THREADS, os.cpu_count() or 1)
@@ -69,7 +84,7 @@ def read_pictures(source: Source, size: int, kernel: str) -> Iterator[Pictured]:
     try:
       for index in range(len(source) + _READ_AHEAD):
         if index < len(source):
-          waiting.append(pool.submit(_read, source, index, config))
+          waiting.append(pool.submit(_read, source, index, config, enlarge))
         if waiting and index >= _READ_AHEAD:
           picture = waiting.popleft().result()
           if picture is not None:
@@ -94,22 +109,23 @@ def _example(source: Source, index: int) -> Example | None:
   return example._replace(captions=example.captions or said)
 
 
-def _read(source: Source, index: int, config: PictureConfig) -> Pictured | None:
+def _read(source: Source, index: int, config: PictureConfig, enlarge: bool) -> Pictured | None:
   example = _example(source, index)
   if example is None:
     return None
   pixels = _decode(example.image, example.id)
-  return Pictured(index, example.id, fit(pixels, example.id, config), example.captions)
+  image = fit(pixels, example.id, config, enlarge)
+  return Pictured(index, example.id, image, example.captions)
 
 
-def fit(pixels: np.ndarray, name: str, config: PictureConfig) -> np.ndarray:
+def fit(pixels: np.ndarray, name: str, config: PictureConfig, enlarge: bool = False) -> np.ndarray:
   """A picture uint8 [h, w, 3] at the size of a config.
 
   Raises:
-    UnclipError: it is smaller.
+    UnclipError: it is smaller, and not to be enlarged.
   """
   height, width = pixels.shape[:2]
-  if min(height, width) < config.size:
+  if min(height, width) < config.size and not enlarge:
     raise UnclipError(
       f'{name} has {width}x{height} pixels, and pictures are compared at {config.size}: take '
       f'--resolution {min(height, width)} or less'
