@@ -28,7 +28,7 @@ def encode_text(texts):
   return encode(np.array(told)[:, None, None])
 
 
-JUDGE = ClipJudge(FeatureNetwork('clip', 'colours', 3, 8, '8 px', encode), encode_text, {})
+JUDGE = ClipJudge(FeatureNetwork('clip', 'colours', 3, 8, '8 px', encode), encode_text)
 
 
 def write(folder, counts, seed, noise=30, said=None):

@@ -198,7 +198,6 @@ def test_a_picture_is_reduced_from_all_of_its_pixels(tmp_path):
 
 
 def test_guidance_is_swept_over_the_same_noise(folders, model, tmp_path, capsys):
-  pytest.importorskip('matplotlib')
   out, plot = tmp_path / 'sweep.json', tmp_path / 'sweep.png'
   args = ('--model', model, '--guidance', '1,3', '--num', 6, '--resolution', 16, '--seed', 9)
   assert run('sweep', folders[1], *args, '--json', out, '--plot', plot) == 0

@@ -50,12 +50,10 @@ class ClipJudge(NamedTuple):
   Attributes:
     network: of pictures.
     encode_text: captions -> embeddings float32 [n, d] of unit norm; None where it reads none.
-    params: of both.
   """
 
   network: FeatureNetwork
   encode_text: Callable[[Sequence[str]], np.ndarray] | None
-  params: Params
 
 
 def open_inception(path: str | os.PathLike[str], preparation: str, mesh: Mesh) -> FeatureNetwork:
@@ -124,7 +122,7 @@ def open_clip(model: str | os.PathLike[str], mesh: Mesh) -> ClipJudge:
     lambda images: np.asarray(run(params, images)),
   )
   reads = config.text is not None and opened.tokenizer is not None
-  return ClipJudge(network, _text_encoder(config, opened, params, mesh) if reads else None, params)
+  return ClipJudge(network, _text_encoder(config, opened, params, mesh) if reads else None)
 
 
 def _text_encoder(
