@@ -1,5 +1,6 @@
 """Evaluations from folders to figures: the commands, what they say, and bad input."""
 
+import dataclasses
 import json
 import re
 
@@ -17,7 +18,7 @@ from unclip_jax.data.folder_source import PictureFolder
 from unclip_jax.evaluate import cosines, frechet, kernel, neighbours, retrieval
 from unclip_jax.images import save_png
 from unclip_jax.sharding import make_mesh
-from unclip_jax.systems import evaluation, feature_networks, picture_sets
+from unclip_jax.systems import evaluation, feature_files, feature_networks, picture_sets
 from unclip_jax.systems.feature_networks import FeatureNetwork
 from unclip_jax.types import UnclipError
 
@@ -147,12 +148,11 @@ def test_the_command_says_what_the_functions_do(folders, model, z, tmp_path, cap
     # Networks are of float32, and their batches here of another size.
     assert figures[name]['value'] == pytest.approx(value, rel=1e-3, abs=1e-5), name
     assert f'{figures[name]["value"]:.4f}' in shown.out
-    assert {'resolution': 16, 'resize': 'bicubic', 'features': 'CLIP tiny'}.items() <= (
-      figures[name].items()
-    )
+    assert {'resolution': 16, 'resize': 'bicubic'}.items() <= figures[name].items()
+    assert re.fullmatch(r'CLIP tiny [0-9a-f]{8}', figures[name]['features'])
     assert figures[name]['generated'] == NUM or name == 'diversity'
     assert (figures[name].get('reference') == NUM_REAL) == (name in list(wanted)[:5])
-  assert f'CLIP tiny: {z_i.shape[1]} dimensions; pictures at 16 px, bicubic' in shown.out
+  assert f'{figures["FD"]["features"]}: 16 dimensions; pictures at 16 px, bicubic' in shown.out
   assert '19 images are few for a Fréchet distance on 16 dimensions' in shown.err
   assert 'take at least 160' in figures['FD']['warning']
 
@@ -181,10 +181,70 @@ def test_what_generate_wrote_is_read_and_its_grid_left_out(tmp_path, model):
   assert [(p.id, p.captions) for p in found] == [('a.png', (TEXTS[0],)), ('z.png', ())]
   np.testing.assert_array_equal(found[0].image, picture(0, 16))
   judge = feature_networks.open_clip(model, make_mesh(1))
-  results = evaluation.evaluate(PictureFolder(tmp_path), None, None, judge, evaluation.Options())
-  (score,) = results['figures']
+  options = evaluation.Options(16, batch_size=2)
+  parts = feature_files.open_parts([tmp_path])
+  seen = feature_files.gather(parts, [judge.network], options)
+  (score,) = evaluation.evaluate(seen, None, None, judge, options)
   assert (score['figure'], score['generated']) == ('CLIP score', 1)
   assert score['warning'] == '1 pictures have no caption, and are left out'
+
+
+def test_parts_that_were_seen_before_are_one_set(folders, model, tmp_path, capsys):
+  generated, real = folders
+  whole, parts = tmp_path / 'whole.json', tmp_path / 'parts.json'
+  how = ('--clip', model, '--batch-size', 8)
+  assert run('evaluate', generated, '--reference', real, *how, '--json', whole) == 0
+  halves = [tmp_path / 'first', tmp_path / 'second']
+  for i, half in enumerate(halves):
+    half.mkdir()
+    for path in sorted(generated.iterdir())[24 * i :][:24]:
+      (half / path.name).symlink_to(path)
+  first, reference = tmp_path / 'first.npz', tmp_path / 'reference.npz'
+  assert run('evaluate', halves[0], *how, '--save', first) == 0
+  assert run('evaluate', real, *how, '--save', reference) == 0
+  assert str(reference) in capsys.readouterr().out
+  args = ('--reference', reference, *how, '--json', parts)
+  assert run('evaluate', first, halves[1], *args) == 0
+  wanted, found = (json.loads(path.read_text())['figures'] for path in (whole, parts))
+  for ours, theirs in zip(found, wanted, strict=True):
+    assert ours['value'] == pytest.approx(theirs['value'], rel=1e-4, abs=1e-6)
+    for name in ('figure', 'generated', 'features', 'preparation', 'resolution', 'resize'):
+      assert ours[name] == theirs[name]
+    assert ours.get('reference') == theirs.get('reference')
+
+
+def test_files_of_features_of_something_else_are_refused(folders, tmp_path):
+  network, *_ = means_network()
+  options = evaluation.Options(16, batch_size=5)
+  path = tmp_path / 'some.npz'
+  seen = feature_files.gather(feature_files.open_parts(folders[:1]), [network], options)
+  feature_files.write(path, seen, [network], options)
+  assert feature_files.resolution_of(path) == 16
+  parts = feature_files.open_parts([path, path])
+  twice = feature_files.gather(parts, [network], dataclasses.replace(options, most_kept=30))
+  assert twice.seen[0].moments.count == 2 * NUM
+  assert len(twice.seen[0].rows) == len(twice.captions) == 30
+  for change, message in (
+    ({'resolution': 8}, 'resolution 16, wanted is 8: give --resolution 16'),
+    ({'resize': 'area'}, 'resize bicubic, wanted is area'),
+  ):
+    with pytest.raises(UnclipError, match=message):
+      feature_files.gather(parts, [network], dataclasses.replace(options, **change))
+  other = network._replace(name='other')
+  with pytest.raises(UnclipError, match='no features of other at 16 px, only of sums at 16 px'):
+    feature_files.gather(parts, [other], options)
+  with pytest.raises(UnclipError, match=r'x.bin: files of features end in .npz'):
+    feature_files.write(tmp_path / 'x.bin', seen, [network], options)
+  with pytest.raises(UnclipError, match=r'there is no file .*none.npz'):
+    feature_files.open_parts([tmp_path / 'none.npz'])
+  content = path.read_bytes()
+  np.savez(tmp_path / 'foreign.npz', mu=np.zeros(3))
+  broken = {'cut.npz': content[: len(content) // 2], 'text.npz': b'no numbers', 'empty.npz': b''}
+  for name, some in broken.items():
+    (tmp_path / name).write_bytes(some)
+  for name in (*broken, 'foreign.npz'):
+    with pytest.raises(UnclipError, match=f'{name} is not a file of features'):
+      feature_files.open_parts([tmp_path / name])
 
 
 def test_a_picture_is_reduced_from_all_of_its_pixels(tmp_path):
@@ -284,15 +344,16 @@ def test_scales_of_a_sweep_are_numbers(folders, capsys):
   assert "--guidance '1,two': give numbers" in capsys.readouterr().err
 
 
-def test_inception_alone_needs_real_pictures(folders):
+def test_inception_gives_its_own_figures_and_needs_real_pictures(folders):
   network, *_ = means_network()
-  source = PictureFolder(folders[0])
+  options = evaluation.Options(16, batch_size=5)
+  seen = feature_files.gather(feature_files.open_parts(folders[:1]), [network], options)
   with pytest.raises(UnclipError, match='give their folder by --reference'):
-    evaluation.evaluate(source, None, network, None, evaluation.Options())
+    evaluation.evaluate(seen, None, network, None, options)
   with pytest.raises(UnclipError, match='no network to look with'):
-    evaluation.evaluate(source, source, None, None, evaluation.Options())
-  results = evaluation.evaluate(source, source, network, None, evaluation.Options(batch_size=5))
-  found = {entry['figure']: entry['value'] for entry in results['figures']}
-  assert found.keys() == {'FID', 'KID', 'precision', 'recall'}
-  assert found['FID'] == pytest.approx(0, abs=1e-6)
-  assert found['precision'] == found['recall'] == 1
+    evaluation.evaluate(seen, seen, None, None, options)
+  found = evaluation.evaluate(seen, seen, network, None, options)
+  values = {entry['figure']: entry['value'] for entry in found}
+  assert values.keys() == {'FID', 'KID', 'precision', 'recall'}
+  assert values['FID'] == pytest.approx(0, abs=1e-6)
+  assert values['precision'] == values['recall'] == 1

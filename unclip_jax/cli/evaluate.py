@@ -1,6 +1,6 @@
 """`unclip-jax evaluate`: pictures that were generated, against real ones and their captions."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -39,15 +39,22 @@ BatchSizeOption = Annotated[
 
 def evaluate(
   generated: Annotated[
-    str,
+    list[str],
     typer.Argument(
       metavar='FOLDER',
-      help='Pictures; their captions from a list, .txt files, or as generate wrote them.',
+      help='Pictures; their captions from a list, .txt files, or as generate wrote them. Or .npz '
+      'files of --save. Several are one set.',
     ),
   ],
   reference: Annotated[
-    str | None,
-    typer.Option('--reference', '-r', metavar='FOLDER', help='Real pictures.', show_default=False),
+    list[str] | None,
+    typer.Option(
+      '--reference',
+      '-r',
+      metavar='FOLDER',
+      help='Real pictures, or an .npz file; may be repeated.',
+      show_default=False,
+    ),
   ] = None,
   inception: InceptionOption = None,
   inception_as: PreparationOption = 'torch-fidelity',
@@ -82,35 +89,66 @@ def evaluate(
   batch_size: BatchSizeOption = 32,
   devices: DevicesOption = 1,
   json: Annotated[str | None, option(OUTPUT, 'All figures.', 'FILE')] = None,
+  save: Annotated[
+    str | None,
+    option(OUTPUT, 'What was seen of FOLDER, to be a --reference or a part later.', 'FILE.npz'),
+  ] = None,
 ) -> None:
   """Compare pictures with real ones and with their captions: FID, KID, CMMD, CLIP score, ..."""
   if inception is None and clip is None:
     raise typer.BadParameter('give --inception, --clip or both: the networks that look at pictures')
+  if inception is not None and not reference and save is None:
+    raise typer.BadParameter('--inception compares with other pictures: give --reference')
   ks = None if recall_at is None else tuple(numbers('--recall-at', recall_at))
-  from unclip_jax.data.folder_source import PictureFolder
   from unclip_jax.measure import report
   from unclip_jax.sharding import make_mesh
-  from unclip_jax.systems import evaluation, evaluation_report
+  from unclip_jax.systems import evaluation, evaluation_report, feature_files
   from unclip_jax.systems.feature_networks import open_clip, open_inception
   from unclip_jax.terminal import memory_errors, plain_warnings, use_cache
+  from unclip_jax.types import UnclipError
 
   use_cache(True)
   with plain_warnings(), memory_errors():
     options = evaluation.Options(
-      resolution, resize, batch_size, most_kept, kid_size, kid_subsets, neighbours, ks, seed
+      feature_files.resolution_of(generated[0]) if resolution is None else resolution,
+      resize,
+      batch_size,
+      most_kept,
+      kid_size,
+      kid_subsets,
+      neighbours,
+      ks,
+      seed,
     )
     out = None if json is None else report.check_writable(json)
-    drawn = PictureFolder(generated)
-    real = None if reference is None else PictureFolder(reference)
+    if save is not None:
+      feature_files.check_name(save)
+    parts, others = (feature_files.open_parts(paths or ()) for paths in (generated, reference))
     mesh = make_mesh(devices)
     network = None if inception is None else open_inception(inception, inception_as, mesh)
     judge = None if clip is None else open_clip(clip, mesh)
-    results = evaluation.evaluate(drawn, real, network, judge, options, tell)
-    results['about'] |= {'generated': generated, 'reference': reference}
+    networks = evaluation.networks_of(network, judge)
+    drawn = feature_files.gather(parts, networks, options, tell)
+    if save is not None:
+      feature_files.write(save, drawn, networks, options)
+    real = feature_files.gather(others, networks, options, tell) if others else None
+    tell('comparing')
+    figures: list[Any] = []
+    if real is not None or save is None or network is None:
+      figures = evaluation.evaluate(drawn, real, network, judge, options)
+    if not figures and save is None:
+      raise UnclipError(
+        'there is nothing to compare with: give --reference, or captions, in a .txt beside each '
+        'picture or in a list'
+      )
     if out is not None:
-      report.write_json(out, results)
-    print(evaluation_report.to_text(results['figures']))
-    warn_of(evaluation_report.warnings_of(results['figures']))
+      folders = {'generated': generated, 'reference': reference}
+      report.write_json(out, {'about': evaluation.about() | folders, 'figures': figures})
+    if save is not None:
+      print(save)
+    if figures:
+      print(evaluation_report.to_text(figures))
+      warn_of(evaluation_report.warnings_of(figures))
 
 
 def tell(line: str) -> None:
@@ -118,7 +156,8 @@ def tell(line: str) -> None:
   import sys
 
   if sys.stderr.isatty():
-    print(f'\r\033[K{line}', end='\n' if line == 'comparing' else '', file=sys.stderr, flush=True)
+    # What is said next begins where this line does.
+    print(f'\033[K{line}', end='\r', file=sys.stderr, flush=True)
 
 
 def warn_of(notices: list[str]) -> None:

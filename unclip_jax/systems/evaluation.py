@@ -1,4 +1,4 @@
-"""Folders of pictures against folders of pictures and against their captions, as figures.
+"""Sets of pictures against sets of pictures and against their captions, as figures.
 
 Pictures stream through the feature networks. Moments are of all of them; what compares pictures
 with each other (kernels, neighbours, captions) is of as many as are kept, drawn by a seed.
@@ -13,10 +13,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from unclip_jax.data.examples import Source
 from unclip_jax.evaluate import cosines, frechet, kernel, neighbours, retrieval
 from unclip_jax.systems.feature_networks import ClipJudge, FeatureNetwork
-from unclip_jax.systems.picture_sets import Pictured, batches, first_size, read_pictures
+from unclip_jax.systems.picture_sets import Pictured, batches
 from unclip_jax.systems.settings import check_count, check_seed
 from unclip_jax.types import UnclipError
 
@@ -31,7 +30,7 @@ class Options:
 
   Attributes:
     resolution: pixels a side that all pictures are brought to first; None takes the shorter side of
-      the first one that was generated.
+      the first one that was generated, or what is drawn.
     resize: of that reduction: 'area', 'bilinear', 'bicubic' or 'lanczos', all antialiased.
     batch_size: pictures that go through a network together.
     most_kept: of each set, for what compares pictures with each other.
@@ -129,6 +128,26 @@ def look(
   if not done:
     raise UnclipError('there are no pictures to evaluate: give a folder that has some')
   return PictureSet(tuple(sums.finish() for sums in parts), tuple(captions))
+
+
+def join(parts: Sequence[PictureSet], options: Options) -> PictureSet:
+  """One set of several; of what they have kept, `options.most_kept` is drawn.
+
+  Raises:
+    UnclipError: there are none.
+  """
+  seen = []
+  captions = tuple(some for part in parts for some in part.captions)
+  kept = np.arange(len(captions))
+  if len(kept) > options.most_kept:
+    draw = np.random.default_rng(options.seed)
+    kept = np.sort(draw.choice(kept, options.most_kept, replace=False))
+  for of_network in zip(*(part.seen for part in parts), strict=True):
+    rows = np.concatenate([some.rows for some in of_network])
+    seen.append(Seen(frechet.merge(some.moments for some in of_network), rows[kept]))
+  if not seen:
+    raise UnclipError('there are no pictures to evaluate: give a folder that has some')
+  return PictureSet(tuple(seen), tuple(captions[i] for i in kept))
 
 
 class _Sums:
@@ -254,64 +273,57 @@ def _interval(found: retrieval.Interval) -> Entry:
   return {'value': found.mean, 'low': found.low, 'high': found.high}
 
 
-def evaluate(
-  generated: Source,
-  reference: Source | None,
-  inception: FeatureNetwork | None,
-  judge: ClipJudge | None,
-  options: Options,
-  tell: Callable[[str], None] = lambda line: None,
-) -> dict[str, Any]:
-  """All figures that two sets of pictures allow.
-
-  Args:
-    generated: pictures, with captions or without.
-    reference: real ones; None compares with captions alone.
-    inception: for FID and its like.
-    judge: for what CLIP says of them.
-    options: how they are compared.
-    tell: is told of what is under way.
-
-  Returns:
-    {'about', 'figures'}, ready for JSON. Each figure states how many pictures it is of, their
-    resolution, the filters that they were resized by, the network and, where it is to be read with
-    care, a warning.
+def networks_of(
+  inception: FeatureNetwork | None, judge: ClipJudge | None
+) -> tuple[FeatureNetwork, ...]:
+  """All that look at pictures, CLIP behind Inception.
 
   Raises:
-    UnclipError: there is nothing to look with or to compare with, a picture cannot be read or is
-      too small, or a set is smaller than a figure needs.
+    UnclipError: there is none.
   """
   networks = [*([inception] if inception else []), *([judge.network] if judge else [])]
   if not networks:
     raise UnclipError('there is no network to look with: give --inception, --clip or both')
+  return tuple(networks)
+
+
+def evaluate(
+  generated: PictureSet,
+  reference: PictureSet | None,
+  inception: FeatureNetwork | None,
+  judge: ClipJudge | None,
+  options: Options,
+) -> list[Entry]:
+  """All figures that two sets of pictures allow; none where there is nothing to compare with.
+
+  Args:
+    generated: as `networks_of` the two have seen it.
+    reference: real pictures likewise; None compares with captions alone.
+    inception: for FID and its like.
+    judge: for what CLIP says of them.
+    options: how they are compared, the resolution being that of the pictures.
+
+  Returns:
+    Entries for JSON. Each states how many pictures it is of, their resolution, the filters that
+    they were resized by, the network and, where it is to be read with care, a warning.
+
+  Raises:
+    UnclipError: a set is smaller than a figure needs, or as `networks_of`.
+  """
+  networks = networks_of(inception, judge)
   if reference is None and inception is not None:
     raise UnclipError(
       'Inception compares pictures with others: give their folder by --reference, or leave '
       '--inception out'
     )
-  size = options.resolution or first_size(generated)
-
-  def look_at(name: str, source: Source) -> PictureSet:
-    pictures = read_pictures(source, size, options.resize)
-    report = lambda done: tell(f'{name}: {done} of {len(source)}')  # noqa: E731
-    return look(pictures, len(source), networks, options, report)
-
-  drawn = look_at('generated', generated)
-  figures = []
+  figures: list[Entry] = []
   if reference is not None:
-    real = look_at('reference', reference)
-    tell('comparing')
-    for network, ours, theirs in zip(networks, drawn.seen, real.seen, strict=True):
+    for network, ours, theirs in zip(networks, generated.seen, reference.seen, strict=True):
       figures += compare(network, ours, theirs, options)
   if judge is not None:
-    figures += meet_captions(judge, drawn.seen[-1], drawn.captions, options)
-  if not figures:
-    raise UnclipError(
-      'there is nothing to compare with: give --reference, or captions, in a .txt beside each '
-      'picture or in a list'
-    )
-  common = {'resolution': size, 'resize': options.resize}
-  return {'about': about(), 'figures': [{**entry, **common} for entry in figures]}
+    figures += meet_captions(judge, generated.seen[-1], generated.captions, options)
+  common = {'resolution': options.resolution, 'resize': options.resize}
+  return [entry | common for entry in figures]
 
 
 def about() -> dict[str, Any]:

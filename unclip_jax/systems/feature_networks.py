@@ -17,6 +17,7 @@ from unclip_jax.stages import clip, inception
 from unclip_jax.stages.common import listed
 from unclip_jax.systems import loading, programs
 from unclip_jax.systems.formats import Model
+from unclip_jax.systems.series import digest_of
 from unclip_jax.types import Array, Params, UnclipError
 from unclip_jax.weights.inception import file_digest, read_inception
 from unclip_jax.weights.safetensors import reach
@@ -29,7 +30,7 @@ class FeatureNetwork(NamedTuple):
 
   Attributes:
     kind: what it is, which decides on the figures that are made of its features.
-    name: for people: which weights.
+    name: which weights: for people, with a digest of them.
     dims: of the features.
     size: pixels a side that it takes.
     preparation: for people: how pictures come to the size that it takes.
@@ -115,7 +116,7 @@ def open_clip(model: str | os.PathLike[str], mesh: Mesh) -> ClipJudge:
   run = sharded(features, mesh)
   network = FeatureNetwork(
     'clip',
-    f'CLIP {os.path.basename(os.fspath(model).rstrip("/"))}',
+    f'CLIP {os.path.basename(os.fspath(model).rstrip("/"))} {digest_of({"clip": params})[:8]}',
     config.embed_dim,
     size,
     f'{size} px, bicubic',
