@@ -116,7 +116,8 @@ def test_pictures_are_prepared_as_by_each_program(height, width):
   x = torch.from_numpy(np.moveaxis(images, -1, 1).copy()).float() / 255
   resized = torch.nn.functional.interpolate(x, (size, size), mode='bilinear', align_corners=False)
   centred = np.moveaxis((2 * resized - 1).numpy(), 1, -1)
-  np.testing.assert_allclose(made['pytorch-fid'], centred, atol=2e-5)
+  # Torch has the places of pixels in float32, which may be off by 3e-5 of a pixel.
+  np.testing.assert_allclose(made['pytorch-fid'], centred, atol=1e-4)
 
   def row(values, length):
     """A row of pixels as TensorFlow 1 resized it, one pixel after the other."""
