@@ -25,7 +25,7 @@ def encode(images):
 
 def encode_text(texts):
   """A caption is of the colour whose name it ends in."""
-  told = [COLOURS[text.rstrip('.').removeprefix('a ').replace(' ', '_')] for text in texts]
+  told = [COLOURS[f' {text}'.rstrip('.').rpartition(' a ')[2].replace(' ', '_')] for text in texts]
   return encode(np.array(told)[:, None, None])
 
 

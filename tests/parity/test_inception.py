@@ -1,5 +1,6 @@
 """The Inception of FID against its twin in torch, from its file to its features."""
 
+import copy
 import functools
 
 import jax
@@ -38,8 +39,9 @@ def to_torch(images):
 
 
 @functools.cache
-def make_twin():
-  return Twin(SHRINK).randomise(to_torch(make_images(16, 97, 1)), seed=0)
+def make_twin(size=97):
+  """For images of about this size: the last grid is 1 x 1 of 97 pixels, 2 x 2 of 107."""
+  return Twin(SHRINK).randomise(to_torch(make_images(16, size, 1)), seed=0)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -48,19 +50,26 @@ def run_ours(shrink, params, images):
 
 
 def test_features_are_those_of_the_twin_and_not_those_of_another_pooling():
-  twin, images = make_twin(), make_images(3, 107, 2)
+  twin, images = make_twin(107), make_images(3, 107, 2)
   x = np.float32(images) / 127.5 - 1
-  expected = twin(to_torch(images))
-  assert expected.std(dim=0).mean() > 0.03  # images of a batch differ
+  exact = copy.deepcopy(twin).double()(to_torch(images).double())
+  assert exact.std(dim=0).mean() > 0.03  # images of a batch differ
   shapes = expected_shapes(SHRINK)
   params = twins.convert(twin.tensors(), rules(shapes), shapes)
   found = run_ours(SHRINK, params, x)
-  error = twins.deviation(found, expected)
-  print(f'{error:.1e}')
-  assert error < TOLERANCE
+  unit = exact.std()  # of random weights it is anything
+
+  def error(features, of=exact):
+    return twins.deviation(np.asarray(features, np.float64) / unit.item(), of / unit)
+
+  ours, own = error(found), error(twin(to_torch(images)))
+  print(f'{ours:.1e}, float32 of torch {own:.1e}')
+  # 94 normalised layers of random weights enlarge what float32 rounds, there as here.
+  assert ours < max(TOLERANCE, 3 * own) < 1e-3
   other = Twin(SHRINK, OF_TORCHVISION)
   other.load_state_dict(twin.state_dict())
-  assert twins.deviation(found, other.eval().requires_grad_(False)(to_torch(images))) > 0.01
+  another = other.eval().requires_grad_(False)(to_torch(images))
+  assert error(found, of=another) > 0.01
 
 
 def test_every_tensor_matters():
