@@ -27,13 +27,19 @@ def test_frechet_distance_is_that_of_scipys_matrix_root():
   )
 
 
-def test_frechet_distance_of_too_few_images_is_refused():
+def test_frechet_distance_warns_of_few_images_and_refuses_one():
   rows = np.random.default_rng(0).normal(size=(50, 5))
   frechet_distance(rows, rows)
-  with pytest.raises(UnclipError, match=r'49 images are too few.*5 dimensions: take at least 50'):
+  with pytest.warns(UserWarning, match=r'49 images are few .* 5 dimensions.*take at least 50'):
     frechet_distance(rows, rows[1:])
-  with pytest.raises(UnclipError, match='wanted are'):
+  with pytest.raises(UnclipError, match='needs at least 2 images in each set, there is 1'):
+    frechet_distance(rows, rows[:1])
+  with pytest.raises(UnclipError, match='features 5 and 4 wide'):
     frechet_distance(rows, rows[:, 1:])
+  with pytest.raises(UnclipError, match='wanted are'):
+    frechet_distance(rows, rows[0])
+  with pytest.raises(UnclipError, match='NaN'):
+    frechet_distance(rows, np.full((50, 5), np.nan))
 
 
 def test_a_query_is_first_if_its_own_row_beats_all_others():

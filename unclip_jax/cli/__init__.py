@@ -1,4 +1,4 @@
-"""The command line, `unclip-jax`: generate, info, convert, compile, export, bench and plan.
+"""The command line, `unclip-jax`: generate, info, evaluate, sweep, probe, convert and others.
 
 What takes long to import (JAX, and all that needs it) is imported by the commands, so that --help
 and slips of the fingers are answered at once.
@@ -13,10 +13,13 @@ import unclip_jax
 from unclip_jax.cli.bench import bench
 from unclip_jax.cli.compile import compile_ahead
 from unclip_jax.cli.convert import convert
+from unclip_jax.cli.evaluate import evaluate
 from unclip_jax.cli.export import export
 from unclip_jax.cli.generate import generate
 from unclip_jax.cli.info import info
 from unclip_jax.cli.plan import plan
+from unclip_jax.cli.probe import probe
+from unclip_jax.cli.sweep import sweep
 
 app = typer.Typer(
   name='unclip-jax',
@@ -31,6 +34,13 @@ app.command(epilog='Example: unclip-jax generate "a red apple, flat style" "a ro
 app.command(epilog='Example: unclip-jax info --vocabulary --matching fish --pictures fish.png')(
   info
 )
+app.command(epilog='Example: unclip-jax evaluate out --reference coco --inception fid.pth')(
+  evaluate
+)
+app.command(epilog='Example: unclip-jax sweep coco --clip ViT-L-14.pt --num 2000 --plot sweep.png')(
+  sweep
+)
+app.command(epilog='Example: unclip-jax probe val --train train --model ViT-L-14.pt')(probe)
 app.command(epilog='Example: unclip-jax convert kakaobrain/karlo-v1-alpha karlo --dtype bfloat16')(
   convert
 )

@@ -7,7 +7,7 @@ same wherever a series begins, so are the pictures, to the bit.
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import jax
@@ -16,7 +16,7 @@ import numpy as np
 from unclip_jax.systems.samples import Samples, first_rows
 from unclip_jax.systems.settings import Sampling
 from unclip_jax.systems.unclip import Unclip
-from unclip_jax.types import Array
+from unclip_jax.types import Array, Params
 
 _AS_THE_MODEL = Sampling()
 _SMALL = 4096  # elements of a parameter
@@ -97,14 +97,19 @@ def sample_series(
 
 
 def fingerprint(model: Unclip) -> str:
-  """What tells a model from another one, and from itself trained on: hexadecimal.
+  """What tells a model from another one, and from itself trained on: as `digest_of`."""
+  return digest_of(model.params)
 
-  A digest of the parameters that are small, and of some numbers of each that is large: neither an
-  update of the optimiser nor adapters leave them as they were. Nothing is compiled for it.
+
+def digest_of(stages: Mapping[str, Params]) -> str:
+  """What tells the parameters of stages from others, hexadecimal.
+
+  A digest of those that are small, and of some numbers of each that is large: neither an update of
+  the optimiser nor adapters leave them as they were. Nothing is compiled for it.
   """
   digest = hashlib.sha256()
-  for stage in sorted(model.params):
-    for array in map(_some, jax.tree.leaves(model.params[stage])):
+  for stage in sorted(stages):
+    for array in map(_some, jax.tree.leaves(stages[stage])):
       digest.update(f'{stage} {array.dtype} {array.shape} '.encode() + array.tobytes())
   return digest.hexdigest()
 
