@@ -240,9 +240,7 @@ def inpaint(
     from unclip_jax.manipulate import extend
 
     picture, anew = (pictures[0], is_anew) if margin is None else extend(pictures[0], margin)
-    return unclip_jax.manipulate.inpaint(
-      model, picture, anew, prompt, n, jump, times, None, how
-    )
+    return unclip_jax.manipulate.inpaint(model, picture, anew, prompt, n, jump, times, None, how)
 
   is_anew = None if mask is None else _read(mask).mean(axis=-1) > 127
   asked = {'prompt': prompt, 'mask': mask, 'margin': margin, 'jump': jump, 'times': times}
@@ -262,9 +260,7 @@ def redraw(
   """Draw a picture anew from what noise leaves of it."""
 
   def draw(model: Any, how: Any, pictures: Sequence[Any]) -> Any:
-    return unclip_jax.manipulate.image_to_image(
-      model, pictures[0], prompt, strength, n, None, how
-    )
+    return unclip_jax.manipulate.image_to_image(model, pictures[0], prompt, strength, n, None, how)
 
   _run('redraw', common, [image], {'prompt': prompt, 'strength': strength}, draw)
 

@@ -171,9 +171,7 @@ def extend(image: Any, margin: float = 0.25) -> tuple[np.ndarray, np.ndarray]:
   sides = picture.shape[:2]
   side = max(sides) + 2 * max(1, round(margin * max(sides)))
   before = [(side - length) // 2 for length in sides]
-  pads = [
-    (start, side - length - start) for start, length in zip(before, sides, strict=True)
-  ]
+  pads = [(start, side - length - start) for start, length in zip(before, sides, strict=True)]
   is_anew = np.pad(np.zeros(sides, bool), pads, constant_values=True)
   return np.pad(picture, (*pads, (0, 0)), mode='edge'), is_anew
 

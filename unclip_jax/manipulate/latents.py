@@ -80,7 +80,6 @@ def encode(model: Unclip, images: Sequence[Any], how: Drawing = AS_USUAL) -> Lat
   model = at_size(model, how.size)
   z_i = encode_images(model, pictures)
   pixels, x_0 = to_x_0(model, pictures)
-  config = model.config
 
   def backwards(request: Request) -> Request:
     plan = inversion_plan(request.decoder.plan, how.iterations)
