@@ -38,6 +38,7 @@ def model(tmp_path_factory):
     ({'z_i': np.full((1, 16), 1e300)}, 'z_i must hold finite'),
     ({'progress': 5}, 'progress must be a function, not 5'),
     ({'on_batch': 'save'}, "on_batch must be a function, not 'save'"),
+    ({'revise': 5}, 'revise must be a function, not 5'),
     ({'num_images': 10_001}, '10,001 pictures are more than the 10,000 of one call'),
     ({'size': 16.0}, r'no size 16\.0'),
     ({'size': '16'}, "no size '16'"),

@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-  from unclip_jax import configs, data, diffusion, nn, presets, stages, weights
+  from unclip_jax import configs, data, diffusion, manipulate, nn, presets, stages, weights
   from unclip_jax.configs import UnclipConfig
   from unclip_jax.presets import preset
   from unclip_jax.stages import ar_prior, clip, decoder, diffusion_prior, upsampler
@@ -45,6 +45,7 @@ __all__ = [
   'generate',
   'load',
   'load_exported',
+  'manipulate',
   'nn',
   'preset',
   'presets',
@@ -76,6 +77,7 @@ _HOMES = {
   'generate': 'systems.unclip',
   'load': 'systems.unclip',
   'load_exported': 'systems.exported',
+  'manipulate': 'manipulate',
   'nn': 'nn',
   'preset': 'presets',
   'presets': 'presets',

@@ -64,6 +64,8 @@ def read_text(path: os.PathLike[str] | str) -> dict[str, str]:
 def read_picture(path: os.PathLike[str] | str) -> np.ndarray:
   """A picture of any mode as uint8 [h, w, 3]: turned as its EXIF says, transparency on white.
 
+  Of an animation it is the first frame.
+
   Raises:
     UnclipError: the file is missing, is no picture, or is larger than Pillow takes for safe.
   """
@@ -212,6 +214,12 @@ class OutputFolder:
     """Writes a picture into the folder; as `save_png`."""
     path = self._folder / name
     save_png(path, image, text)
+    self.paths.append(path)
+
+  def save_text(self, name: str, text: str) -> None:
+    """Writes a text into the folder, whole or not at all."""
+    path = self._folder / name
+    write_atomically(path, lambda part: part.write_text(text, 'utf-8'))
     self.paths.append(path)
 
   def _remove_empty(self) -> None:

@@ -1,4 +1,4 @@
-"""The command line, `unclip-jax`: generate, info, evaluate, sweep, probe, convert and others.
+"""The command line, `unclip-jax`: generate, manipulations, info, evaluate, convert and others.
 
 What takes long to import (JAX, and all that needs it) is imported by the commands, so that --help
 and slips of the fingers are answered at once.
@@ -17,6 +17,14 @@ from unclip_jax.cli.evaluate import evaluate
 from unclip_jax.cli.export import export
 from unclip_jax.cli.generate import generate
 from unclip_jax.cli.info import info
+from unclip_jax.cli.manipulate import (
+  inpaint,
+  interpolate,
+  reconstruct,
+  redraw,
+  text_diff,
+  variations,
+)
 from unclip_jax.cli.plan import plan
 from unclip_jax.cli.probe import probe
 from unclip_jax.cli.sweep import sweep
@@ -31,6 +39,14 @@ app = typer.Typer(
 app.command(epilog='Example: unclip-jax generate "a red apple, flat style" "a rocket" -n 4 -s 7')(
   generate
 )
+app.command(epilog='Example: unclip-jax variations fox.png --eta 0.6 -n 6')(variations)
+app.command(epilog='Example: unclip-jax interpolate fox.png owl.png -n 9')(interpolate)
+app.command(epilog='Example: unclip-jax text-diff cat.png "a flat cat" "a 3D cat" --theta 0.4')(
+  text_diff
+)
+app.command(epilog='Example: unclip-jax reconstruct fox.png owl.png --steps 100')(reconstruct)
+app.command(epilog='Example: unclip-jax inpaint fox.png "a fox with a hat" --mask hat.png')(inpaint)
+app.command(epilog='Example: unclip-jax redraw fox.png "a blue fox" --strength 0.5')(redraw)
 app.command(epilog='Example: unclip-jax info --vocabulary --matching fish --pictures fish.png')(
   info
 )

@@ -337,6 +337,12 @@ def make_plan(
   return _rows(t, nodes[:-1], nodes[1:])
 
 
+def take_part(plan: Step, rows: np.ndarray | slice) -> Step:
+  """Some rows of a plan, in the order given, as a plan of its own: their indices count from 0."""
+  part = Step(*(column[rows] for column in plan))
+  return part._replace(index=np.arange(len(part.t), dtype=np.int32))
+
+
 def training_table(schedule: Schedule) -> Step:
   """The T transitions t -> t - 1 of the full chain, row t for timestep t; row 0 ends at x_0."""
   plan = make_plan(schedule, np.arange(schedule.num_steps)[::-1])

@@ -350,7 +350,7 @@ class _Run:
   def _with_known(self, prompt: Prompt, stage: int) -> Prompt:
     """With the picture that is to be completed, at the size of a stage."""
     request = self.request
-    if request.known is None:
+    if request.known is None or stage >= len(request.known):
       return prompt
     return prompt._replace(known=request.known[stage], mask=request.mask[stage])
 

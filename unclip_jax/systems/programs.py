@@ -27,6 +27,8 @@ from unclip_jax.configs import (
   XlmRobertaConfig,
 )
 from unclip_jax.diffusion.guidance import Guidance
+from unclip_jax.diffusion.inversion import ddim_inversion
+from unclip_jax.diffusion.resampling import keep_known
 from unclip_jax.diffusion.samplers import Trajectory, start_noise
 from unclip_jax.nn.clip import TextFeatures
 from unclip_jax.stages import (
@@ -48,6 +50,7 @@ from unclip_jax.types import Array, Params, Step
 PRIOR, DECODER, UPSAMPLER = 0, 1, 2
 NEGATIVE_PRIOR = 1 << 16
 Z_I_NOISE = 1 << 17  # beyond what a sampling loop folds into its key
+INVERSION = 'inversion'  # of a decoder, in place of a sampler's name; no caller's to choose
 
 
 class Prompt(NamedTuple):
@@ -294,8 +297,15 @@ def sample_decoder(
   with_trajectory: bool,
   dtype: Any,
 ) -> Sampled:
-  """Draws an image, or a latent, from each z_i and its caption."""
-  method = common.make_sampler(sampler, variance, eta, config.diffusion.prediction)
+  """Draws an image, or a latent, from each z_i and its caption; by INVERSION its x_T from it."""
+  if sampler == INVERSION:
+    method = ddim_inversion()
+  else:
+    method = common.make_sampler(sampler, variance, eta, config.diffusion.prediction)
+  completes = isinstance(config, GlideDecoderConfig) and glide.inpaints(config)
+  if prompt.known is not None and not completes:
+    method = keep_known(method, prompt.known, prompt.mask)
+    prompt = prompt._replace(known=None, mask=None)
   how = (key_b, plan, method, guidance_scale, x_start, with_trajectory, dtype)
   with _precision(dtype):
     if isinstance(config, GlideDecoderConfig):
@@ -314,6 +324,15 @@ def sample_decoder(
       config, params, prompt.text, prompt.null_text, z_i, *how, null_z_i=null_z_i
     )
     return Sampled(*drawn)
+
+
+@functools.partial(jax.jit, static_argnames=('config', 'dtype'))
+def encode_latents(
+  params: Params, image_bhwc: Array, *, config: AutoencoderConfig, dtype: Any
+) -> Array:
+  """Latents float32 [b, h / f, w / f, c], as a decoder paints them, of images in [-1, 1]."""
+  with _precision(dtype):
+    return autoencoder.encode(config, params, image_bhwc, dtype) * config.scaling
 
 
 @functools.partial(jax.jit, static_argnames=('config', 'tile', 'dtype'))

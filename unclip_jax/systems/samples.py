@@ -115,8 +115,8 @@ class Request(NamedTuple):
     z_t: [b, d] in place of the captions' own.
     z_i: [b, d] in place of the prior's.
     noise_level: int32, the timestep that z_i is noised to; None where it is not.
-    known: [b, h, w, 3], for each stage that is to complete a picture.
-    mask: [b, h, w, 1], the same.
+    known: [b, h, w, 3], for each stage that is to complete a picture; of a decoder of latents one.
+    mask: [b, h, w, 1], 1 where it is known, the same.
     noise: in place of the seed's.
     with_trajectories: whether to return what lay between.
     tile: pixels a side of what an autoencoder decodes at a time; None for all.

@@ -126,6 +126,7 @@ class Unclip:
     batch_size: int | None = None,
     progress: Callable[[Progress], None] | None = None,
     on_batch: Callable[[Samples], None] | None = None,
+    revise: Callable[[Request], Request] | None = None,
   ) -> Samples:
     """Pictures of captions, with everything that they came from.
 
@@ -160,12 +161,15 @@ class Unclip:
         16. The last batch is filled up, so that it compiles nothing.
       progress: called as stages begin and end.
       on_batch: called with each batch as it is complete, to save it before the next one.
+      revise: makes another request of what was asked for, such as one of another plan; what it
+        gives is not checked. `manipulate` is made of it.
 
     Raises:
       UnclipError: an argument is not as above; the message names it and the remedy.
     """
     settings.check_callable('progress', progress)
     settings.check_callable('on_batch', on_batch)
+    settings.check_callable('revise', revise)
     model = self._at(size)
     request = requests.make(
       model.config,
@@ -184,8 +188,9 @@ class Unclip:
       tile,
       self.eps_power,
     )
+    request = request if revise is None else revise(request)
     for stage in requests.stages(model.config, request):
-      self._check_has(stage)
+      self.check_has(stage)
     texts = dict.fromkeys([*request.captions, negative_prompt or ''])
     readers = [self.tokenizer, self.decoder_tokenizer]
     self._warn([notices.of_cut(reader, text) for reader in readers if reader for text in texts])
@@ -200,7 +205,7 @@ class Unclip:
       UnclipError: as `sample`; the empty caption has an embedding too.
     """
     texts = settings.check_prompts(texts, allow_empty=True)
-    self._check_has('clip')
+    self.check_has('clip')
     if self.config.clip.text is None:
       raise UnclipError('this model came without the text tower of its CLIP: it reads no captions')
     self._warn([notices.of_cut(self.tokenizer, text) for text in texts])
@@ -222,7 +227,7 @@ class Unclip:
       raise UnclipError(f'images must be uint8, or float in [-1, 1], not {images.dtype}')
     if images.dtype != np.uint8 and not abs(images).max() <= _MOST_OF_A_FLOAT:
       raise UnclipError('images of floats must be in [-1, 1], without a NaN; 0 to 255 is for uint8')
-    self._check_has('clip')
+    self.check_has('clip')
     if self.config.clip.vision is None:
       raise UnclipError('this model came without the image tower of its CLIP: it sees no images')
     params = self.params['clip']
@@ -297,7 +302,8 @@ class Unclip:
     config = settings.at_size(self.config, size)
     return self if config is self.config else dataclasses.replace(self, config=config)
 
-  def _check_has(self, stage: str) -> None:
+  def check_has(self, stage: str) -> None:
+    """Raises UnclipError where the model came without a stage."""
     if stage not in self.params:
       raise UnclipError(
         f'this model has no {stage}, only {", ".join(self.params) or "a config"}: take one that '

@@ -1,0 +1,137 @@
+"""The commands that manipulate pictures: a row and what was measured, and files that are none."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from made_pictures import encoded, pixels
+from PIL import Image
+from tiny_model import TEXTS, write_tiny_model
+
+import unclip_jax
+from unclip_jax import manipulate
+from unclip_jax.cli import main
+from unclip_jax.images import read_picture
+from unclip_jax.manipulate import Drawing
+
+APPLE, ROCKET, _ = TEXTS
+SIZE = 16
+
+
+@pytest.fixture(scope='module')
+def model(tmp_path_factory):
+  return write_tiny_model(tmp_path_factory.mktemp('model'))
+
+
+@pytest.fixture(autouse=True)
+def _leave_the_cache_as_it_is():
+  enabled = jax.config.jax_enable_compilation_cache
+  yield
+  jax.config.update('jax_enable_compilation_cache', enabled)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+  """Two files, of other sizes and modes."""
+  Image.fromarray(pixels(1, 20, 16)).save(tmp_path / 'one.png')
+  Image.fromarray(pixels(2, 16, 24)).convert('L').save(tmp_path / 'other.jpg')
+  return tmp_path / 'one.png', tmp_path / 'other.jpg'
+
+
+def run(*args: object) -> int:
+  try:
+    main([str(arg) for arg in args])
+  except SystemExit as stop:
+    return stop.code or 0
+  return 0
+
+
+def call(model, out, command, *args, steps=2) -> int:
+  common = ('--model', model, '--out', out, '--no-cache', '--size', SIZE, '--steps', steps)
+  return run(command, *args, *common)
+
+
+def frames(path) -> np.ndarray:
+  """The pictures of a row."""
+  with Image.open(path) as row:
+    grid = np.asarray(row)
+  return np.stack([grid[4 : 4 + SIZE, x : x + SIZE] for x in range(4, grid.shape[1], SIZE + 4)])
+
+
+def test_a_row_is_what_the_function_gives_between_the_pictures_that_were_given(
+  model, pictures, tmp_path, capsys
+):
+  out = tmp_path / 'out'
+  assert call(model, out, 'interpolate', *pictures, '-n', 3, '--iterations', 2) == 0
+  shown = capsys.readouterr()
+  names = ['interpolate-one-other.png', 'interpolate-one-other.json']
+  assert shown.out.split() == [str(out / name) for name in names]
+  row = frames(out / names[0])
+  one, other = map(read_picture, pictures)
+  how = Drawing(2, iterations=2, size=SIZE)
+  expected = manipulate.interpolate(unclip_jax.load(model), one, other, 3, how=how)
+  np.testing.assert_array_equal(row[1:4], expected.images)
+  for frame, picture in ((0, one), (4, other)):
+    np.testing.assert_array_equal(row[frame], manipulate.thumbnail(picture, SIZE))
+  about = json.loads((out / names[1]).read_text())
+  assert about['measured'] == expected.measured
+  assert (about['command'], about['num_steps'], about['noise']) == ('interpolate', 2, 'inverted')
+  assert 'error levels: [' in shown.err
+
+
+@pytest.mark.parametrize(
+  ('args', 'count', 'measured'),
+  [
+    (('variations', 'ONE', '-n', 2, '--eta', 0.5), 3, {'error_levels', 'eta'}),
+    (('text-diff', 'ONE', APPLE, ROCKET, '-n', 2), 3, {'cosine_of_direction'}),
+    (('reconstruct', 'ONE', 'OTHER'), 2, {'error_levels', 'x_T_std'}),
+    (('inpaint', 'ONE', ROCKET, '--margin', 0.25, '-n', 1), 2, {'share_painted'}),
+    (('redraw', 'ONE', ROCKET, '-n', 2), 3, {'mean_change_levels'}),
+  ],
+  ids=lambda value: value[0] if isinstance(value, tuple) else '',
+)
+def test_each_command_writes_its_row(model, pictures, tmp_path, args, count, measured):
+  files = dict(zip(('ONE', 'OTHER'), pictures, strict=True))
+  assert call(model, tmp_path / 'out', *(files.get(arg, arg) for arg in args)) == 0
+  (path,) = (tmp_path / 'out').glob('*.png')
+  assert len(frames(path)) == count
+  about = json.loads(path.with_suffix('.json').read_text())
+  assert about['measured'].keys() >= measured
+
+
+def test_a_mask_of_any_mode_says_what_is_painted(model, pictures, tmp_path, capsys):
+  mask = np.zeros((20, 16), np.uint8)
+  mask[:, 8:] = 255
+  Image.fromarray(mask).convert('1').save(tmp_path / 'mask.png')
+  out = tmp_path / 'out'
+  assert call(model, out, 'inpaint', pictures[0], '--mask', tmp_path / 'mask.png', '-n', 1) == 0
+  given, painted = frames(out / 'inpaint-one.png')
+  np.testing.assert_array_equal(painted[:, :8], given[:, :8])
+  assert (painted[:, 8:] != given[:, 8:]).any()
+  capsys.readouterr()
+  assert call(model, out, 'inpaint', pictures[1], '--mask', tmp_path / 'mask.png') == 1
+  assert 'they must be of one size' in capsys.readouterr().err
+  assert call(model, out, 'inpaint', pictures[0]) == 2
+  assert 'give a --mask' in capsys.readouterr().err
+
+
+def test_files_that_are_no_pictures_are_refused(model, pictures, tmp_path, capsys, monkeypatch):
+  whole = encoded(pixels(1), 'JPEG')
+  (tmp_path / 'cut.jpg').write_bytes(whole[: len(whole) // 2])
+  (tmp_path / 'text.png').write_text('no picture')
+  refused = {'none.png': 'no picture', 'cut.jpg': 'cannot|can be read', 'text.png': 'is not a pic'}
+  for name, words in refused.items():
+    assert call(model, tmp_path / 'out', 'reconstruct', tmp_path / name) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert name in line and any(word in line for word in words.split('|'))
+  monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 100)
+  assert call(model, tmp_path / 'out', 'reconstruct', pictures[0]) == 1
+  assert 'more pixels than Pillow takes for safe' in capsys.readouterr().err
+  assert not (tmp_path / 'out').exists()
+
+
+def test_of_an_animation_the_first_frame_is_read(tmp_path):
+  first, *others = (Image.fromarray(np.full((4, 4), level, np.uint8)) for level in (200, 10, 90))
+  first.save(tmp_path / 'moving.gif', save_all=True, append_images=others)
+  assert (read_picture(tmp_path / 'moving.gif') == 200).all()
