@@ -25,7 +25,9 @@ def encode(images):
 
 def encode_text(texts):
   """A caption is of the colour whose name it ends in."""
-  told = [COLOURS[f' {text}'.rstrip('.').rpartition(' a ')[2].replace(' ', '_')] for text in texts]
+  told = [
+    COLOURS[f' {text}'.rstrip('.').rpartition(' a ')[2].strip().replace(' ', '_')] for text in texts
+  ]
   return encode(np.array(told)[:, None, None])
 
 
