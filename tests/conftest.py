@@ -37,3 +37,11 @@ def _programs_are_dropped():
   yield
   jax.clear_caches()
   gc.collect()
+
+
+@pytest.fixture(autouse=True)
+def _leave_the_cache_as_it_is():
+  """The option --no-cache turns it off for the whole process."""
+  enabled = jax.config.jax_enable_compilation_cache
+  yield
+  jax.config.update('jax_enable_compilation_cache', enabled)

@@ -12,7 +12,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from safetensors import numpy as safetensors_numpy
@@ -40,13 +39,6 @@ def model(pristine, tmp_path):
 @pytest.fixture(scope='module')
 def loaded(pristine):
   return unclip_jax.load(pristine)
-
-
-@pytest.fixture(autouse=True)
-def _leave_the_cache_as_it_is():
-  enabled = jax.config.jax_enable_compilation_cache
-  yield
-  jax.config.update('jax_enable_compilation_cache', enabled)
 
 
 def complaint(capsys, *args: object) -> str:

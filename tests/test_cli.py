@@ -10,13 +10,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from commands import run
 from etils import epath
 from PIL import Image
 from rich.console import Console
 from tiny_model import TEXTS, write_tiny_model
 
 import unclip_jax
-from unclip_jax.cli import main
 from unclip_jax.cli.info import num_bytes
 from unclip_jax.display import StageDisplay
 from unclip_jax.images import make_grid, read_picture, read_text, save_png, slugs
@@ -29,22 +29,6 @@ APPLE, ROCKET, _ = TEXTS
 @pytest.fixture(scope='module')
 def model(tmp_path_factory):
   return write_tiny_model(tmp_path_factory.mktemp('model'))
-
-
-@pytest.fixture(autouse=True)
-def _leave_the_cache_as_it_is():
-  enabled = jax.config.jax_enable_compilation_cache
-  yield
-  jax.config.update('jax_enable_compilation_cache', enabled)
-
-
-def run(*args: object) -> int:
-  """The exit status of a command, in this process, so that nothing compiles twice."""
-  try:
-    main([str(arg) for arg in args])
-  except SystemExit as stop:
-    return stop.code or 0
-  return 0
 
 
 def generate(model: Path, out: Path, *args: object) -> int:

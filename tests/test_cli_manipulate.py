@@ -2,16 +2,15 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
+from commands import run
 from made_pictures import encoded, pixels
 from PIL import Image
 from tiny_model import TEXTS, write_tiny_model
 
 import unclip_jax
 from unclip_jax import manipulate
-from unclip_jax.cli import main
 from unclip_jax.images import read_picture
 from unclip_jax.manipulate import Drawing
 
@@ -24,27 +23,12 @@ def model(tmp_path_factory):
   return write_tiny_model(tmp_path_factory.mktemp('model'))
 
 
-@pytest.fixture(autouse=True)
-def _leave_the_cache_as_it_is():
-  enabled = jax.config.jax_enable_compilation_cache
-  yield
-  jax.config.update('jax_enable_compilation_cache', enabled)
-
-
 @pytest.fixture
 def pictures(tmp_path):
   """Two files, of other sizes and modes."""
   Image.fromarray(pixels(1, 20, 16)).save(tmp_path / 'one.png')
   Image.fromarray(pixels(2, 16, 24)).convert('L').save(tmp_path / 'other.jpg')
   return tmp_path / 'one.png', tmp_path / 'other.jpg'
-
-
-def run(*args: object) -> int:
-  try:
-    main([str(arg) for arg in args])
-  except SystemExit as stop:
-    return stop.code or 0
-  return 0
 
 
 def call(model, out, command, *args, steps=2) -> int:

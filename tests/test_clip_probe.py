@@ -5,10 +5,10 @@ import re
 
 import numpy as np
 import pytest
+from commands import run
 from PIL import Image
 from tiny_model import write_tiny_model
 
-from unclip_jax.cli import main
 from unclip_jax.data.folder_source import PictureFolder
 from unclip_jax.systems.clip_probe import probe
 from unclip_jax.systems.feature_networks import ClipJudge, FeatureNetwork
@@ -98,14 +98,6 @@ def test_the_command_measures_a_clip(tmp_path, train, capsys):
   assert figures[1]['value'] > 0.9
   assert '3 classes, 2 templates' in shown
   assert re.search(r'CLIP tiny [0-9a-f]{8}: 16 dimensions', shown)
-
-
-def run(*args):
-  try:
-    main([str(arg) for arg in args])
-  except SystemExit as stop:
-    return stop.code or 0
-  return 0
 
 
 def test_what_cannot_be_measured_is_named(tmp_path, train):

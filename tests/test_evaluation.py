@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 import pytest
+from commands import run
 from made_pictures import pixels
 from PIL import Image
 from processes import environment, start
@@ -13,7 +14,6 @@ from tiny_model import TEXTS, write_tiny_model
 
 import unclip_jax
 from unclip_jax import Sampling
-from unclip_jax.cli import main
 from unclip_jax.data.folder_source import PictureFolder
 from unclip_jax.evaluate import cosines, frechet, kernel, neighbours, retrieval
 from unclip_jax.images import save_png
@@ -65,15 +65,6 @@ def z(model):
   ]
   found.append(np.asarray(loaded.encode_text(CAPTIONS), np.float64))
   return [rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in found]
-
-
-def run(*args):
-  """The exit status of a command."""
-  try:
-    main([str(arg) for arg in args])
-  except SystemExit as stop:
-    return stop.code or 0
-  return 0
 
 
 def complaint(capsys, *args):

@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import jax
 import numpy as np
 import pytest
 from fake_store import BUCKET, serve
@@ -39,13 +38,6 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope='module')
 def model(folder):
   return unclip_jax.load(folder)
-
-
-@pytest.fixture(autouse=True)
-def _leave_the_cache_as_it_is():
-  enabled = jax.config.jax_enable_compilation_cache
-  yield
-  jax.config.update('jax_enable_compilation_cache', enabled)
 
 
 @pytest.fixture
