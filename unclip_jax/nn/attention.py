@@ -1,9 +1,19 @@
 """Scaled dot-product attention: the one place that chooses how it is computed."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
 from unclip_jax.types import Array
+
+# On NVIDIA's GPUs cuDNN's kernel, which keeps no logits in memory, is taken from so many on.
+_LEAST_LOGITS = 2**16
+# And so few queries, as each step of a prior has, are no work for a product of matrices: what is
+# before and after it would be kernels of their own, which cost more.
+_FEW_QUERIES = 4
+_CUDNN_HEAD_DIMS = range(8, 129, 8)
+_CUDNN_KEYS = 8  # their number is filled up to a multiple
 
 
 def attend(q_btnh: Array, k_bsnh: Array, v_bsnh: Array, mask: Array | None = None) -> Array:
@@ -22,10 +32,12 @@ def attend(q_btnh: Array, k_bsnh: Array, v_bsnh: Array, mask: Array | None = Non
     b, t, n, _ = q_btnh.shape
     mask = jnp.broadcast_to(mask, (b, mask.shape[1] if mask.shape[1] == n else 1, t, mask.shape[3]))
   operands = (q_btnh, k_bsnh, v_bsnh, mask)
-  if q_btnh.dtype != jnp.float16:
-    return _attend(*operands)
+  on_cuda = _choose_on_cuda(q_btnh, k_bsnh) if _has_cuda() else _attend
   # Logits of float16 are summed in float32 by a product that only GPUs have.
-  return jax.lax.platform_dependent(*operands, cuda=_attend, rocm=_attend, default=_in_float32)
+  elsewhere = _in_float32 if q_btnh.dtype == jnp.float16 else _attend
+  if on_cuda is elsewhere:
+    return _attend(*operands)
+  return jax.lax.platform_dependent(*operands, cuda=on_cuda, rocm=_attend, default=elsewhere)
 
 
 def _attend(q_btnh: Array, k_bsnh: Array, v_bsnh: Array, mask: Array | None) -> Array:
@@ -35,6 +47,41 @@ def _attend(q_btnh: Array, k_bsnh: Array, v_bsnh: Array, mask: Array | None) -> 
 def _in_float32(q_btnh: Array, k_bsnh: Array, v_bsnh: Array, mask: Array | None) -> Array:
   q, k, v = (x.astype(jnp.float32) for x in (q_btnh, k_bsnh, v_bsnh))
   return _attend(q, k, v, mask).astype(q_btnh.dtype)
+
+
+def _cudnn(q_btnh: Array, k_bsnh: Array, v_bsnh: Array, mask: Array | None) -> Array:
+  # Its gradients take no odd number of keys with a mask.
+  if more := -k_bsnh.shape[1] % _CUDNN_KEYS if mask is not None else 0:
+    k_bsnh, v_bsnh = (jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))) for x in (k_bsnh, v_bsnh))
+    mask = jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (0, more)))
+  return jax.nn.dot_product_attention(q_btnh, k_bsnh, v_bsnh, mask=mask, implementation='cudnn')
+
+
+def _by_sums(q_btnh: Array, k_bsnh: Array, v_bsnh: Array, mask: Array | None) -> Array:
+  """Without products of matrices: sums that a compiler joins with what is around them."""
+  q, k, v = (x.astype(jnp.float32) for x in (q_btnh, k_bsnh, v_bsnh))
+  logits_btsn = (q[:, :, None] * k[:, None]).sum(-1) * q.shape[-1] ** -0.5
+  if mask is not None:
+    logits_btsn = jnp.where(mask.transpose(0, 2, 3, 1), logits_btsn, -jnp.inf)
+  weights = jax.nn.softmax(logits_btsn, axis=2)
+  return (weights[..., None] * v[:, None]).sum(2).astype(q_btnh.dtype)
+
+
+def _choose_on_cuda(q_btnh: Array, k_bsnh: Array) -> Callable[..., Array]:
+  if q_btnh.shape[1] <= _FEW_QUERIES:
+    return _by_sums
+  return _cudnn if _suits_cudnn(q_btnh, k_bsnh) else _attend
+
+
+def _has_cuda() -> bool:
+  """Whether this process runs on NVIDIA's GPUs: else JAX cannot even trace a call of cuDNN."""
+  return jax.default_backend() == 'gpu' and 'cuda' in jax.devices()[0].client.platform_version
+
+
+def _suits_cudnn(q_btnh: Array, k_bsnh: Array) -> bool:
+  is_half = q_btnh.dtype in (jnp.bfloat16, jnp.float16)
+  is_large = q_btnh.shape[1] * k_bsnh.shape[1] >= _LEAST_LOGITS
+  return is_half and is_large and q_btnh.shape[3] in _CUDNN_HEAD_DIMS
 
 
 def causal_mask(t: int, s: int) -> Array:
