@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unclip_jax.nn import layers
+from unclip_jax.nn import attention, layers
 from unclip_jax.nn.attention import attend, causal_mask
 
 
@@ -109,6 +109,69 @@ def test_attention_equals_numpy_with_any_mask():
     weights /= weights.sum(axis=-1, keepdims=True)
     expected = np.einsum('bnts,bsnh->btnh', weights, v)
     np.testing.assert_allclose(attend(q, k, v, used), expected, atol=1e-5)
+
+
+def masks_of(b, t, s):
+  rng = np.random.default_rng(2)
+  some = rng.random((b, 1, t, s)) < 0.5
+  return None, some | (np.arange(s) == 0), rng.random((b, 1, 1, s)) < 0.9
+
+
+@pytest.mark.parametrize('mask', masks_of(2, 3, 7))
+def test_attention_of_few_queries_by_sums_is_that_by_products(mask):
+  q, k, v = normal(2, 3, 4, 8), normal(2, 7, 4, 8, seed=1), normal(2, 7, 4, 8, seed=3)
+  mask = None if mask is None else np.broadcast_to(mask, (2, 1, 3, 7))
+  expected = attend(q, k, v, mask)
+  np.testing.assert_allclose(attention._by_sums(q, k, v, mask), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize('mask', masks_of(2, 5, 7))
+def test_cudnn_is_given_even_numbers_of_queries_and_keys_and_changes_nothing(monkeypatch, mask):
+  """What its gradients need; here XLA computes in its place."""
+  q, k, v = normal(2, 5, 4, 8), normal(2, 7, 4, 8, seed=1), normal(2, 7, 4, 8, seed=3)
+  mask = None if mask is None else np.broadcast_to(mask, (2, 1, 5, 7))
+  expected = attend(q, k, v, mask)
+  own, asked = jax.nn.dot_product_attention, []
+
+  def in_its_place(q, k, v, *, mask, implementation):
+    asked.append((implementation, q.shape[1], k.shape[1], v.shape[1]))
+    return own(q, k, v, mask=mask)
+
+  monkeypatch.setattr(jax.nn, 'dot_product_attention', in_its_place)
+  np.testing.assert_allclose(attention._cudnn(q, k, v, mask), expected, atol=1e-6)
+  assert asked == [('cudnn', 8, 8, 8)]
+
+
+def test_what_nvidias_gpus_compute_attention_by():
+  """Shapes of Karlo: the prior's three positions, a U-Net's pixels, CLIP's tokens."""
+
+  def chosen(t, s, head_dim, dtype):
+    q, k = jnp.zeros((2, t, 4, head_dim), dtype), jnp.zeros((2, s, 4, head_dim), dtype)
+    return attention._choose_on_cuda(q, k)
+
+  assert chosen(3, 81, 64, jnp.bfloat16) is attention._by_sums
+  assert chosen(1024, 1105, 64, jnp.bfloat16) is attention._cudnn
+  assert chosen(1024, 1105, 64, jnp.float32) is attention._attend
+  assert chosen(1024, 1105, 36, jnp.bfloat16) is attention._attend
+  assert chosen(77, 77, 64, jnp.float16) is attention._attend
+
+
+@pytest.mark.skipif(not attention._has_cuda(), reason='cuDNN runs on GPUs of NVIDIA alone')
+@pytest.mark.parametrize('mask', masks_of(2, 257, 301))
+def test_cudnn_equals_float32_to_16_bits(mask):
+  """Also its gradients."""
+  q, k, v = normal(2, 257, 4, 64), normal(2, 301, 4, 64, seed=1), normal(2, 301, 4, 64, seed=3)
+  half = [jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)]
+  full = [x.astype(jnp.float32) for x in half]
+
+  def both(*operands):
+    return jax.value_and_grad(lambda *o: attend(*o, mask).astype(jnp.float32).sum(), (0, 1, 2))(
+      *operands
+    )
+
+  for ours, exact in zip(jax.tree.leaves(both(*half)), jax.tree.leaves(both(*full)), strict=True):
+    error = jnp.linalg.norm((ours.astype(jnp.float32) - exact).ravel())
+    assert error < 0.02 * jnp.linalg.norm(exact.ravel())
 
 
 def test_causal_mask_lets_the_last_positions_see_all_before_them():

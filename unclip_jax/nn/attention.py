@@ -12,8 +12,9 @@ _LEAST_LOGITS = 2**16
 # And so few queries, as each step of a prior has, are no work for a product of matrices: what is
 # before and after it would be kernels of their own, which cost more.
 _FEW_QUERIES = 4
+_NOT_SEEN = -1e38  # infinities alone in a row would be no numbers
 _CUDNN_HEAD_DIMS = range(8, 129, 8)
-_CUDNN_KEYS = 8  # their number is filled up to a multiple
+_CUDNN_UNIT = 8  # queries and keys are filled up to a multiple
 
 
 def attend(q_btnh: Array, k_bsnh: Array, v_bsnh: Array, mask: Array | None = None) -> Array:
@@ -50,11 +51,19 @@ def _in_float32(q_btnh: Array, k_bsnh: Array, v_bsnh: Array, mask: Array | None)
 
 
 def _cudnn(q_btnh: Array, k_bsnh: Array, v_bsnh: Array, mask: Array | None) -> Array:
-  # Its gradients take no odd number of keys with a mask.
-  if more := -k_bsnh.shape[1] % _CUDNN_KEYS if mask is not None else 0:
-    k_bsnh, v_bsnh = (jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))) for x in (k_bsnh, v_bsnh))
-    mask = jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (0, more)))
-  return jax.nn.dot_product_attention(q_btnh, k_bsnh, v_bsnh, mask=mask, implementation='cudnn')
+  # Its gradients take no odd numbers of queries and keys.
+  t, s = q_btnh.shape[1], k_bsnh.shape[1]
+  more_t, more_s = -t % _CUDNN_UNIT, -s % _CUDNN_UNIT
+  if more_s and mask is None:
+    mask = jnp.ones((q_btnh.shape[0], 1, t, s), bool)
+  if mask is not None:
+    mask = jnp.pad(mask, ((0, 0), (0, 0), (0, more_t), (0, 0)), constant_values=True)
+    mask = jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (0, more_s)))
+  q, k, v = (
+    jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0)))
+    for x, more in ((q_btnh, more_t), (k_bsnh, more_s), (v_bsnh, more_s))
+  )
+  return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation='cudnn')[:, :t]
 
 
 def _by_sums(q_btnh: Array, k_bsnh: Array, v_bsnh: Array, mask: Array | None) -> Array:
@@ -62,7 +71,7 @@ def _by_sums(q_btnh: Array, k_bsnh: Array, v_bsnh: Array, mask: Array | None) ->
   q, k, v = (x.astype(jnp.float32) for x in (q_btnh, k_bsnh, v_bsnh))
   logits_btsn = (q[:, :, None] * k[:, None]).sum(-1) * q.shape[-1] ** -0.5
   if mask is not None:
-    logits_btsn = jnp.where(mask.transpose(0, 2, 3, 1), logits_btsn, -jnp.inf)
+    logits_btsn = jnp.where(mask.transpose(0, 2, 3, 1), logits_btsn, _NOT_SEEN)
   weights = jax.nn.softmax(logits_btsn, axis=2)
   return (weights[..., None] * v[:, None]).sum(2).astype(q_btnh.dtype)
 
