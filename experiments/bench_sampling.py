@@ -5,8 +5,11 @@
   python -m experiments.bench_sampling --preset karlo --batch-sizes 1 4 16 --dtype bfloat16
   python -m experiments.bench_sampling --preset tiny-karlo --peer diffusers       # in a minute
   python -m experiments.bench_sampling --model my/karlo --stages prior decoder --profile traces
+  python -m experiments.bench_sampling --merge prior.json decoder.json    # of runs on one machine
+  python -m experiments.bench_sampling --merge prior.json decoder.json upsampler.json
 
 `unclip-jax bench` measures the same without a peer. What is measured and how: docs/benchmarks.md.
+`--merge` prints the stages that several runs have measured, and their sum end to end.
 `--preset` has random weights of its sizes, held one stage at a time; `tiny-karlo` is the smallest
 model with the architecture of Karlo. With `--peer diffusers` our parameters are written into its
 networks, and both sides run in turn on one device with the same noise, text features and caches
@@ -53,7 +56,7 @@ from unclip_jax.config_json import override
 from unclip_jax.presets import preset
 from unclip_jax.systems import bench_figures, bench_subject
 from unclip_jax.systems.bench import Peer
-from unclip_jax.systems.bench_run import Outputs, run
+from unclip_jax.systems.bench_run import Outputs, read_results, run
 from unclip_jax.terminal import memory_errors, plain_warnings
 from unclip_jax.types import UnclipError
 
@@ -112,6 +115,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
   what = parser.add_mutually_exclusive_group()
   what.add_argument('--model', help="a folder, or a hub's owner/name; by default the package's own")
   what.add_argument('--preset', help='random weights of its sizes: karlo, tiny-karlo, emoji, ...')
+  what.add_argument(
+    '--merge', nargs='+', metavar='JSON', help='what runs have measured, as one; measures nothing'
+  )
   parser.add_argument('--peer', choices=['diffusers'])
   parser.add_argument(
     '--compile', action=argparse.BooleanOptionalAction, default=True, help='torch.compile, too'
@@ -157,6 +163,9 @@ def main(arguments: list[str] | None = None) -> None:
   try:
     with plain_warnings(), memory_errors():
       outputs = Outputs.checked(args.json, args.plot, args.profile, args.resume)
+      if args.merge is not None:
+        outputs.write(bench_figures.merged({file: read_results(file) for file in args.merge}))
+        return
       peer = make_peer(args.peer, args.compile, args.threads)
       run(make_subject(args), options, outputs, peer)
   except UnclipError as error:

@@ -121,6 +121,46 @@ def sums(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
   return found
 
 
+def merged(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+  """The results of runs that measured different stages, as those of one.
+
+  Shares stay those of each run's own peaks; end to end is the sum of the stages, of the batch sizes
+  that all of them were measured at on one device beside a peer.
+
+  Args:
+    runs: what `bench.measure` gave, by the names of their files.
+
+  Raises:
+    UnclipError: two are of different models, settings or machines, or measured the same.
+  """
+  first, *_ = runs.values()
+  apart = {'date', 'load', 'resumed'}
+  stages: list[dict[str, Any]] = []
+  for file, run in runs.items():
+    for name in (first['about'].keys() | run['about'].keys()) - apart:
+      then, now = first['about'].get(name), run['about'].get(name)
+      if then != now:
+        raise UnclipError(f'{file} has {name} {now}, another file {then}: take runs of one kind')
+    places = [
+      [(e['stage'], e['batch_size'], e['devices']) for e in of] for of in (stages, run['stages'])
+    ]
+    if twice := [place for place in places[1] if place in places[0]]:
+      raise UnclipError(
+        f'{file}: {twice[0][0]} at batch {twice[0][1]} is in another file: take one'
+      )
+    stages += run['stages']
+  order = ['clip', *first['about']['steps']]
+  stages.sort(key=lambda e: (order.index(e['stage']), e['devices'], e['batch_size']))
+  whole = [
+    e
+    for e in stages
+    if e['devices'] == 1
+    and 'peer' in e
+    and {o['stage'] for o in stages if o['batch_size'] == e['batch_size']} == set(order)
+  ]
+  return {**first, 'stages': stages, 'end_to_end': sums(whole) if whole else []}
+
+
 def about(subject: Subject, options: Options) -> dict[str, Any]:
   """What is measured, on what, and when."""
   request = make_request(subject, options, 1)

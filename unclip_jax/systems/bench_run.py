@@ -45,19 +45,34 @@ class Outputs(NamedTuple):
         raise UnclipError(f'{profile} cannot be made ({reason}): take another path') from error
     return cls(*(None if p is None else report.check_writable(p) for p in (json, plot)), before)
 
+  def write(self, results: dict[str, Any]) -> None:
+    """Prints the tables to standard output, and writes what was asked for."""
+    print(report.to_text(results), flush=True)
+    if self.json is not None:
+      report.write_json(self.json, results)
+    if self.plot is not None:
+      report.plot(self.plot, results)
+
 
 def _read(path: str | Path | None) -> dict[str, Any] | None:
   """What a run before has written, if there was one."""
   if path is None:
     raise UnclipError('--resume continues from the file of --json: name it')
+  return read_results(path) if Path(path).exists() else None
+
+
+def read_results(path: str | Path) -> dict[str, Any]:
+  """What the JSON of a benchmark holds.
+
+  Raises:
+    UnclipError: it cannot be read, or holds something else.
+  """
   try:
     found = json.loads(Path(path).read_text())
-  except FileNotFoundError:
-    return None
   except (OSError, ValueError):
     found = None
-  if not isinstance(found, dict):
-    raise UnclipError(f'{path} holds no figures of a benchmark: take another --json')
+  if not isinstance(found, dict) or not {'about', 'stages'} <= found.keys():
+    raise UnclipError(f'{path} holds no figures of a benchmark: take another file')
   return found
 
 
@@ -76,8 +91,5 @@ def run(
 
   tell = lambda line: print(line, file=sys.stderr)  # noqa: E731
   results = bench.measure(subject, options, peer, tell, save, outputs.before)
-  print(report.to_text(results), flush=True)
-  save(results)
-  if outputs.plot is not None:
-    report.plot(outputs.plot, results)
+  outputs.write(results)
   return results
