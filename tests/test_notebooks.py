@@ -1,4 +1,8 @@
-"""The notebooks run from top to bottom, as a reader would run them, one with smaller numbers."""
+"""The notebooks run from top to bottom, as a reader would run them, one with smaller numbers.
+
+By nbclient, which nbmake is a way to call: here a notebook's settings are changed before it runs,
+and what it made is looked at.
+"""
 
 import json
 import re
