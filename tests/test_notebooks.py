@@ -38,6 +38,15 @@ print(json.dumps(report, default=bool))
 """
 
 
+@pytest.fixture(scope='module', autouse=True)
+def _programs_are_shared(tmp_path_factory):
+  """The notebooks draw with one model: what one of them has compiled the next one finds."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv('JAX_COMPILATION_CACHE_DIR', str(tmp_path_factory.mktemp('programs')))
+    patch.setenv('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
+    yield
+
+
 def run(notebook):
   """Executes it; returns how many of its outputs are pictures."""
   assert all(not cell.get('outputs') for cell in notebook.cells), 'commit it without outputs'

@@ -4,8 +4,8 @@ XLA's own analysis takes the body of a loop once. Here it counts as often as it 
 conventions are XLA's (`HloCostAnalysis`), but that the branch of a conditional that costs most
 stands for all, and that an exponential, a sine and the like count as one operation among the rest:
 
-- a product of matrices, [m, k] by [k, n], has 2 m k n operations; a convolution two for each pair of
-  a weight and a number that it meets, so that neither padding nor the holes of a dilation count;
+- a product of matrices, [m, k] by [k, n], has 2 m k n operations; a convolution two for each pair
+  of a weight and a number that it meets, so that neither padding nor the holes of a dilation count;
 - an elementwise operation has one an element;
 - memory is read and written by the instructions outside of fusions, a fusion's operands and results
   once; a slice touches what it takes, and an update in place what it writes.
