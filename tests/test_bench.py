@@ -396,7 +396,7 @@ def test_sums_are_of_one_device():
 def test_runs_of_different_stages_are_merged_into_one(results, tmp_path, capsys):
   order = ['clip', *results['about']['steps']]
   peer = {'name': 'p', 'contenders': {'eager': {'seconds': {'values': [6.0]}}}}
-  ratio = {name: 3.0 for name in ('median', 'least', 'most')}
+  ratio = dict.fromkeys(('median', 'least', 'most'), 3.0)
   shown = {**peer['contenders']['eager'], 'ratio': ratio, 'largest_error': 0.0, 'rms_error': 0.0}
   shown['seconds'] = {'median': 6.0, **shown['seconds']}
   files = []
