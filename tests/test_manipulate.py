@@ -207,7 +207,7 @@ def test_the_more_a_picture_is_noised_the_less_is_left_of_it(model):
     change[strength] = row.measured['mean_change_levels']
   assert row.measured['num_steps'] == 8
   assert change[0.2] < change[0.6] < change[1.0]
-  with pytest.raises(UnclipError, match='leaves none of 1 steps'):
+  with pytest.raises(UnclipError, match='leaves no step to take, of 1 in all'):
     manipulate.image_to_image(model, ONE, ROCKET, 0.2, how=dataclasses.replace(PAINT, num_steps=1))
 
 

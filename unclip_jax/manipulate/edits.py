@@ -216,7 +216,8 @@ def image_to_image(
     rows = np.flatnonzero(plan.t <= most)
     if not rows.size:
       raise UnclipError(
-        f'a strength of {strength:g} leaves none of {len(plan.t)} steps: take more of either'
+        f'a strength of {strength:g} leaves no step to take, of {len(plan.t)} in all: take more of '
+        'either'
       )
     plan = schedule.take_part(plan, rows)
     steps = len(rows)
