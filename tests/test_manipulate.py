@@ -126,6 +126,8 @@ def test_components_bring_an_embedding_back_the_more_of_them_the_nearer(model):
   cosine = np.array(row.measured['cosine']).reshape(2, 3)
   assert (np.diff(cosine, axis=1) >= 0).all() and (cosine[:, 0] < 1).all()
   np.testing.assert_allclose(row.z_i[2], np.asarray(model.encode_image(ONE[None]))[0], atol=1e-5)
+  row = manipulate.pca_reconstruct(model, [ONE], pca=pca, how=PAINT)
+  assert row.measured['dims'] == [5, 10, 16]
   with pytest.raises(UnclipError, match='embeddings are too few'):
     manipulate.fit_pca(model, batches[:1])
   with pytest.raises(UnclipError, match='number of components is 17: take at most 16'):

@@ -222,7 +222,7 @@ def fit_pca(model: Unclip, batches: Iterable[Any]) -> principal.Pca:
 def pca_reconstruct(
   model: Unclip,
   images: Sequence[Any],
-  dims: Sequence[int],
+  dims: Sequence[int] | None = None,
   pca: principal.Pca | None = None,
   how: Drawing = AS_USUAL,
 ) -> Row:
@@ -231,7 +231,8 @@ def pca_reconstruct(
   Args:
     model: any with a decoder that is given z_i.
     images: each [h, w, 3], uint8 or float in [-1, 1].
-    dims: numbers of components, such as 20, 30, 40, 80, 120, 160, 200, 320.
+    dims: numbers of components, such as 20, 30, 40, 80, 120, 160, 200, 320; None is 5, twice that
+      and so on, and all.
     pca: of `fit_pca`; None takes that of an autoregressive prior.
     how: as `Drawing` describes it.
 
@@ -243,6 +244,9 @@ def pca_reconstruct(
   """
   pictures = check_pictures(images)
   mean, components = _components(model, pca)
+  if dims is None:
+    most = len(components)
+    dims = [5 * 2**i for i in range(most.bit_length()) if 5 * 2**i < most] + [most]
   if not len(dims):
     raise UnclipError('there is no number of components: give one or more')
   for k in dims:
@@ -268,7 +272,8 @@ def _components(model: Unclip, pca: principal.Pca | None) -> tuple[np.ndarray, n
     return pca.mean, pca.components
   if not isinstance(model.config.prior, ArPriorConfig):
     raise UnclipError(
-      'this model has no autoregressive prior to take components from: give those of fit_pca'
+      'this model has no autoregressive prior to take components from: give those of fit_pca, '
+      'or of the command --fit FOLDER'
     )
   model.check_has('prior')
   quantiser = model.params['prior']['quantiser']
