@@ -73,7 +73,8 @@ def sweep_to_text(results: Mapping[str, Any]) -> str:
     ]
     for row in results['rows']
   ]
-  return '\n'.join([table(title, names, rows), '', *_networks([distance, score])])
+  notes = [*_networks([distance, score]), *_settings([score])]
+  return '\n'.join([table(title, names, rows), '', *notes])
 
 
 def probe_to_text(figures: Sequence[Entry]) -> str:
@@ -95,6 +96,8 @@ def warnings_of(figures: Sequence[Entry]) -> list[str]:
 def plot_sweep(path: Path, results: Mapping[str, Any]) -> None:
   """The distance to real pictures against the CLIP score, a point for each guidance scale.
 
+  Bars are the score's 95% intervals; how far the distance is from that of more pictures none says.
+
   Raises:
     UnclipError: it cannot be written, a full disk for instance.
   """
@@ -106,14 +109,23 @@ def plot_sweep(path: Path, results: Mapping[str, Any]) -> None:
   distance = rows[0]['distance']['figure']
   x = [row['clip_score']['value'] for row in rows]
   y = [row['distance']['value'] for row in rows]
-  axes.plot(x, y, marker='o')
+  scores = [row['clip_score'] for row in rows]
+  # Rounding may put a value of no spread outside of its interval.
+  below, above = (
+    [max(0.0, sign * (score[end] - score['value'])) for score in scores]
+    for sign, end in ((-1, 'low'), (1, 'high'))
+  )
+  axes.errorbar(x, y, xerr=(below, above), marker='o', elinewidth=1, capsize=3, alpha=0.8)
   for row, *place in zip(rows, x, y, strict=True):
     axes.annotate(
       f'{row["guidance"]:g}', place, xytext=(4, 4), textcoords='offset points', fontsize=8
     )
   first = rows[0]
   judge, network = first['clip_score']['features'], first['distance']['features']
-  axes.set(xlabel=f'CLIP score ({judge})', ylabel=f'{distance} ({network})')
+  axes.set(
+    xlabel=f'CLIP score, higher is better ({judge})',
+    ylabel=f'{distance}, lower is better ({network})',
+  )
   axes.grid(alpha=0.3)
   axes.set_title(
     f'{results["about"]["model"]}, guidance of the {results["about"]["stage"]}, '
