@@ -103,7 +103,7 @@ _OPTIONS: dict[str, tuple[Any, Any]] = {
     None,
     Annotated[
       float | None,
-      option(DECODER, 'Guidance scale. (default: 1 with an inversion, else as the model)'),
+      option(DECODER, 'Guidance scale. (default: 1 to give pictures back, else as the model)'),
     ],
   ),
   'iterations': (

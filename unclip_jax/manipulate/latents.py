@@ -33,8 +33,8 @@ class Drawing:
   Attributes:
     num_steps: of the decoder. None is 100 where a picture is inverted, 50 where a part or a little
       of it is painted anew, and else the model's own.
-    guidance_scale: None is 1 where a picture is inverted, which it is without guidance, else the
-      model's own.
+    guidance_scale: None is 1 where a picture is inverted, which it is without guidance, but for
+      its `variations`, else the model's own.
     iterations: of each step of an inversion.
     seed: of all noise. What stands in a row has the same noise, each stage's and each step's.
     size: of the pictures, in pixels, as `Unclip.sample` takes it.
