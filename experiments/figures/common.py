@@ -102,7 +102,7 @@ def parse(description: str | None) -> argparse.Namespace:
   add('--dtype', default='float32')
   add('--image', nargs='+', metavar='FILE', help='pictures in place of emoji')
   add('--text', nargs='+', help="captions in place of the figure's own")
-  add('--steps', type=int, help='of the decoder, where a picture is inverted (100)')
+  add('--steps', type=int, default=50, help='of the decoder, where a picture is inverted (50)')
   add('--seed', type=int, default=0)
   add('--out', type=Path, default=Path('out'), help='folder (out)')
   return parser.parse_args()
