@@ -28,13 +28,20 @@ def to_text(figures: Sequence[Entry]) -> str:
     ]
     for entry in figures
   ]
-  return '\n'.join([table(title, names, rows), '', *_networks(figures), *_settings(figures)])
+  notes = [*_networks(figures), *_settings(figures), *_spreads(figures)]
+  return '\n'.join([table(title, names, rows), '', *notes])
 
 
 def _spread(entry: Entry) -> str:
   if 'std' in entry:
     return f'± {entry["std"]:.4f}'
   return f'[{entry["low"]:.4f}, {entry["high"]:.4f}]' if 'low' in entry else ''
+
+
+def _spreads(figures: Sequence[Entry]) -> list[str]:
+  """What `_spread` stands for."""
+  said = {'std': '±: deviation over subsets', 'low': '[]: 95% interval over captions'}
+  return [text for key, text in said.items() if any(key in entry for entry in figures)]
 
 
 def _networks(figures: Sequence[Entry]) -> list[str]:
@@ -73,7 +80,8 @@ def sweep_to_text(results: Mapping[str, Any]) -> str:
     ]
     for row in results['rows']
   ]
-  notes = [*_networks([distance, score]), *_settings([score])]
+  shown = [distance, score]
+  notes = [*_networks(shown), *_settings([score]), *_spreads(shown)]
   return '\n'.join([table(title, names, rows), '', *notes])
 
 
