@@ -270,7 +270,8 @@ def inpaint(
   margin: Annotated[
     float | None,
     typer.Option(
-      help='Paint around IMAGE instead, so much of its side on each side.', show_default=False
+      help='Paint around IMAGE instead, so much of its side on each side; best without PROMPT.',
+      show_default=False,
     ),
   ] = None,
   n: Annotated[int, typer.Option('-n', metavar='N', help='How many.')] = 4,
@@ -303,7 +304,7 @@ def redraw(
   prompt: PromptArgument = '',
   strength: Annotated[
     float, typer.Option(help='How far the picture is noised before, above 0 to 1.')
-  ] = 0.6,
+  ] = 0.3,
   n: Annotated[int, typer.Option('-n', metavar='N', help='How many.')] = 4,
   common: Any = None,
 ) -> None:
