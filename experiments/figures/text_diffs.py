@@ -33,7 +33,7 @@ def text_diffs(setup: Setup) -> Sheet:
       )
       away = {'caption': source, 'dummy': manipulate.rows.DUMMY, 'empty': '(empty)'}[baseline]
       rows.append([picture, *found.images])
-      titles.append(f'{away} → {target}')
+      titles.append(f'{away} -> {target}')
       measured.append(found.measured)
   names = ['given', *(f'theta {THETA * i / (FRAMES - 1):.1f}' for i in range(FRAMES))]
   return Sheet(rows, names, titles, measured)
