@@ -28,7 +28,7 @@ def pca(setup: Setup) -> Sheet:
     row = manipulate.pca_reconstruct(model, [picture], DIMS, found)
     rows.append([picture, *row.images])
     cosines.append(row.measured['cosine'])
-  names = ['given', *(f'{k} components' for k in DIMS)]
+  names = ['given', *(f'{k} component{"s"[: k > 1]}' for k in DIMS)]
   return Sheet(rows, names, [''] * len(rows), {'cosine': cosines})
 
 
