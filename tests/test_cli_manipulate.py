@@ -84,6 +84,46 @@ def test_each_command_writes_its_row(model, pictures, tmp_path, args, count, mea
   assert about['measured'].keys() >= measured
 
 
+def test_components_come_from_a_folder_and_each_picture_has_a_row(
+  model, pictures, tmp_path, capsys
+):
+  photos = tmp_path / 'photos'
+  photos.mkdir()
+  # Of 18 some are of another batch, which is filled up: what fills it must not count.
+  given = [pixels(seed, 16, 16) for seed in range(18)]
+  for i, picture in enumerate(given):
+    Image.fromarray(picture).save(photos / f'{i:02}.png')
+  out = tmp_path / 'out'
+  args = ('pca', *pictures, '--fit', photos)
+  assert call(model, out, *args, '--dims', '2,16') == 0
+  drawn = read_picture(out / 'pca-one-other.png')
+  assert drawn.shape == (2 * (SIZE + 4) + 4, 3 * (SIZE + 4) + 4, 3)
+  loaded = unclip_jax.load(model)
+  expected = manipulate.pca_reconstruct(
+    loaded,
+    list(map(read_picture, pictures)),
+    [2, 16],
+    manipulate.fit_pca(loaded, [np.stack(given)]),
+    Drawing(2, size=SIZE),
+  )
+  about = json.loads((out / 'pca-one-other.json').read_text())
+  assert about['measured'].pop('dims') == [2, 16]
+  np.testing.assert_allclose(about['measured']['cosine'], expected.measured['cosine'], atol=1e-3)
+  second = drawn[SIZE + 8 : 2 * SIZE + 8]
+  np.testing.assert_array_equal(
+    second[:, 4 : 4 + SIZE], manipulate.thumbnail(read_picture(pictures[1]), SIZE)
+  )
+  tile = second[:, 2 * (SIZE + 4) + 4 : 3 * (SIZE + 4)].astype(int)
+  assert np.abs(tile - expected.images[3]).mean() < 2
+  capsys.readouterr()
+  (photos / '17.png').unlink()
+  (photos / '16.png').unlink()
+  assert call(model, out, *args) == 1
+  assert '16 embeddings are too few' in capsys.readouterr().err
+  assert call(model, out, 'pca', *pictures) == 1
+  assert '--fit FOLDER' in capsys.readouterr().err
+
+
 def test_a_mask_of_any_mode_says_what_is_painted(model, pictures, tmp_path, capsys):
   mask = np.zeros((20, 16), np.uint8)
   mask[:, 8:] = 255

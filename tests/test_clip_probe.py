@@ -10,7 +10,8 @@ from PIL import Image
 from tiny_model import write_tiny_model
 
 from unclip_jax.data.folder_source import PictureFolder
-from unclip_jax.systems.clip_probe import probe
+from unclip_jax.data.vocabulary import Vocabulary, split_words
+from unclip_jax.systems.clip_probe import TEMPLATES, notices, probe
 from unclip_jax.systems.feature_networks import ClipJudge, FeatureNetwork
 from unclip_jax.types import UnclipError
 
@@ -98,6 +99,17 @@ def test_the_command_measures_a_clip(tmp_path, train, capsys):
   assert figures[1]['value'] > 0.9
   assert '3 classes, 2 templates' in shown
   assert re.search(r'CLIP tiny [0-9a-f]{8}: 16 dimensions', shown)
+
+
+def test_prompts_in_words_that_a_clip_never_saw_are_told(tmp_path):
+  lists = {'styles': ('flat',), 'concepts': ('green',)}
+  judge = JUDGE._replace(vocabulary=Vocabulary(lists, frozenset(split_words('a green of')), '{}'))
+  results = probe(PictureFolder(write(tmp_path, {'green': 3, 'blue': 4}, 0)), None, judge)
+  assert results['figures'][0]['settings'] == '2 classes, 1 template'
+  (said,) = notices(results, judge, (*TEMPLATES, 'a large {}'))
+  assert "words that the CLIP never saw, 'photo', 'large': give others" in said
+  assert notices(results, judge, ['a {}']) == notices(results, JUDGE, TEMPLATES) == []
+  assert notices({'figures': []}, judge, TEMPLATES) == []
 
 
 def test_what_cannot_be_measured_is_named(tmp_path, train):

@@ -256,7 +256,9 @@ def test_guidance_is_swept_over_the_same_noise(folders, model, tmp_path, capsys)
   results = json.loads(out.read_text())
   assert [row['guidance'] for row in results['rows']] == [1.0, 3.0]
   loaded = unclip_jax.load(model)
-  captions = [f'{TEXTS[i % 3]}, number {i}' for i in range(6)]
+  # Of all parts of the list.
+  captions = [f'{TEXTS[i % 3]}, number {i}' for i in (k * NUM_REAL // 6 for k in range(6))]
+  assert '6 captions: CLIP score' in shown.out
   with pytest.warns(UserWarning, match='longer than the 12 tokens'):
     z_t = loaded.encode_text(captions)
     for row in results['rows']:

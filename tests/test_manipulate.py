@@ -99,6 +99,10 @@ def test_variations_differ_the_more_the_more_noise_is_added(model, latents):
   assert levels_apart(rows[0.0].images[0], rows[0.0].images[2]) == 0
   assert levels_apart(rows[1.0].images[0], rows[1.0].images[2]) > 5
   np.testing.assert_allclose(rows[0.0].measured['error_levels'], latents.error[:1], atol=0.05)
+  own = model.config.decoder.sampling.guidance_scale
+  assert own != 1
+  scales = [row.measured['guidance_scale'] for row in rows.values()]
+  np.testing.assert_allclose(scales, [1, (1 + own) / 2, own])
 
 
 def test_a_text_diff_turns_z_i_towards_the_direction(model, latents):
@@ -126,6 +130,8 @@ def test_components_bring_an_embedding_back_the_more_of_them_the_nearer(model):
   cosine = np.array(row.measured['cosine']).reshape(2, 3)
   assert (np.diff(cosine, axis=1) >= 0).all() and (cosine[:, 0] < 1).all()
   np.testing.assert_allclose(row.z_i[2], np.asarray(model.encode_image(ONE[None]))[0], atol=1e-5)
+  row = manipulate.pca_reconstruct(model, [ONE], pca=pca, how=PAINT)
+  assert row.measured['dims'] == [5, 10, 16]
   with pytest.raises(UnclipError, match='embeddings are too few'):
     manipulate.fit_pca(model, batches[:1])
   with pytest.raises(UnclipError, match='number of components is 17: take at most 16'):
@@ -207,7 +213,7 @@ def test_the_more_a_picture_is_noised_the_less_is_left_of_it(model):
     change[strength] = row.measured['mean_change_levels']
   assert row.measured['num_steps'] == 8
   assert change[0.2] < change[0.6] < change[1.0]
-  with pytest.raises(UnclipError, match='leaves none of 1 steps'):
+  with pytest.raises(UnclipError, match='leaves no step to take, of 1 in all'):
     manipulate.image_to_image(model, ONE, ROCKET, 0.2, how=dataclasses.replace(PAINT, num_steps=1))
 
 
@@ -218,10 +224,13 @@ def test_the_more_a_picture_is_noised_the_less_is_left_of_it(model):
 )
 def test_decoders_of_latents_are_manipulated_too(config):
   model, how = make_model(config), dataclasses.replace(HOW, num_steps=8)
-  row = manipulate.interpolate(model, ONE, ONE, 2, how=how)
-  np.testing.assert_array_equal(*row.images)
   latents = manipulate.encode(model, [ONE], how)
   assert latents.x_T.shape == (1, 8, 8, 4)
+  row = manipulate.decode(model, latents.z_i.repeat(2, axis=0), latents.x_T, how=how)
+  np.testing.assert_array_equal(*row.images)
+  # Inverted side by side they are rounded differently.
+  row = manipulate.interpolate(model, ONE, ONE, 2, how=how)
+  assert levels_apart(*row.images) <= 1
   anew = manipulate.inpaint(model, ONE, HALF, how=dataclasses.replace(PAINT, num_steps=2))
   given = manipulate.thumbnail(ONE, SIZE)
   np.testing.assert_array_equal(anew.images[0][:, :8], given[:, :8])

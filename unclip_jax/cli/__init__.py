@@ -20,6 +20,7 @@ from unclip_jax.cli.info import info
 from unclip_jax.cli.manipulate import (
   inpaint,
   interpolate,
+  pca,
   reconstruct,
   redraw,
   text_diff,
@@ -44,6 +45,7 @@ app.command(epilog='Example: unclip-jax interpolate fox.png owl.png -n 9')(inter
 app.command(epilog='Example: unclip-jax text-diff cat.png "a flat cat" "a 3D cat" --theta 0.4')(
   text_diff
 )
+app.command(epilog='Example: unclip-jax pca fox.png owl.png --fit photos --dims 20,40,80,160')(pca)
 app.command(epilog='Example: unclip-jax reconstruct fox.png owl.png --steps 100')(reconstruct)
 app.command(epilog='Example: unclip-jax inpaint fox.png "a fox with a hat" --mask hat.png')(inpaint)
 app.command(epilog='Example: unclip-jax redraw fox.png "a blue fox" --strength 0.5')(redraw)

@@ -1,4 +1,4 @@
-"""`unclip-jax variations`, `interpolate`, `text-diff`, `reconstruct`, `inpaint` and `redraw`.
+"""`unclip-jax variations`, `interpolate`, `text-diff`, `pca`, `reconstruct`, `inpaint`, `redraw`.
 
 Each writes a row of pictures as a PNG, the given ones among them, and a JSON file of what it was
 made by and what was measured.
@@ -10,7 +10,7 @@ import functools
 import inspect
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -26,6 +26,7 @@ from unclip_jax.cli.options import (
   ModelOption,
   PriorModelOption,
   SizeOption,
+  numbers,
   option,
   output_folder,
 )
@@ -36,6 +37,9 @@ ImageArgument = Annotated[
 PromptArgument = Annotated[
   str, typer.Argument(metavar='PROMPT', help='What the whole is to show.', show_default=False)
 ]
+
+Pictures = list[Any]  # uint8 [h, w, 3] each
+_FITTED_AT_ONCE = 32  # pictures
 
 
 class Common(NamedTuple):
@@ -92,18 +96,18 @@ _OPTIONS: dict[str, tuple[Any, Any]] = {
     None,
     Annotated[
       int | None,
-      option(DECODER, 'Denoising steps. (default: 250 to invert, 50 to paint, else as the model)'),
+      option(DECODER, 'Denoising steps. (default: 100 to invert, 50 to paint, else as the model)'),
     ],
   ),
   'guidance': (
     None,
     Annotated[
       float | None,
-      option(DECODER, 'Guidance scale. (default: 1 with an inversion, else as the model)'),
+      option(DECODER, 'Guidance scale. (default: 1 to give pictures back, else as the model)'),
     ],
   ),
   'iterations': (
-    3,
+    2,
     Annotated[
       int,
       typer.Option(
@@ -195,6 +199,52 @@ def text_diff(
 
 
 @with_common
+def pca(
+  images: Annotated[list[str], typer.Argument(metavar='IMAGE', help='One or several pictures.')],
+  fit: Annotated[
+    str | None,
+    typer.Option(
+      metavar='FOLDER',
+      help='Pictures to take the components of, more than an embedding has numbers. (default: '
+      'those of an autoregressive prior)',
+      show_default=False,
+    ),
+  ] = None,
+  dims: Annotated[
+    str | None,
+    typer.Option(
+      metavar='N,N,...',
+      help='Numbers of components. (default: 5, twice that, and so on to all)',
+      show_default=False,
+    ),
+  ] = None,
+  common: Any = None,
+) -> None:
+  """Draw what few principal components of CLIP's embedding hold of pictures, a row for each."""
+  counts = None if dims is None else numbers('--dims', dims)
+
+  def draw(model: Any, how: Any, pictures: Sequence[Any]) -> Any:
+    found = None if fit is None else unclip_jax.manipulate.fit_pca(model, _batches(model, fit))
+    return unclip_jax.manipulate.pca_reconstruct(model, pictures, counts, found, how)
+
+  _run('pca', common, images, {'fit': fit}, draw, _behind_each)
+
+
+def _batches(model: Any, folder: str) -> Iterator[Any]:
+  """The pictures of a folder as CLIP looks at them."""
+  from unclip_jax.data.folder_source import PictureFolder
+  from unclip_jax.systems import picture_sets
+
+  model.check_has('clip')
+  vision = model.config.clip.vision
+  # Without an image tower any size will do to be told so.
+  size = 1 if vision is None else vision.image_size
+  pictures = picture_sets.read_pictures(PictureFolder(folder), size, 'bicubic', enlarge=True)
+  for batch, images in picture_sets.batches(pictures, _FITTED_AT_ONCE):
+    yield images[: len(batch)]
+
+
+@with_common
 def reconstruct(
   images: Annotated[list[str], typer.Argument(metavar='IMAGE', help='One or several pictures.')],
   common: Any = None,
@@ -204,7 +254,7 @@ def reconstruct(
   def draw(model: Any, how: Any, pictures: Sequence[Any]) -> Any:
     return unclip_jax.manipulate.reconstruct(model, pictures, how)
 
-  _run('reconstruct', common, images, {}, draw, in_pairs=True)
+  _run('reconstruct', common, images, {}, draw, _below)
 
 
 @with_common
@@ -220,7 +270,8 @@ def inpaint(
   margin: Annotated[
     float | None,
     typer.Option(
-      help='Paint around IMAGE instead, so much of its side on each side.', show_default=False
+      help='Paint around IMAGE instead, so much of its side on each side; best without PROMPT.',
+      show_default=False,
     ),
   ] = None,
   n: Annotated[int, typer.Option('-n', metavar='N', help='How many.')] = 4,
@@ -253,7 +304,7 @@ def redraw(
   prompt: PromptArgument = '',
   strength: Annotated[
     float, typer.Option(help='How far the picture is noised before, above 0 to 1.')
-  ] = 0.6,
+  ] = 0.3,
   n: Annotated[int, typer.Option('-n', metavar='N', help='How many.')] = 4,
   common: Any = None,
 ) -> None:
@@ -271,17 +322,34 @@ def _read(path: str) -> Any:
   return read_picture(path)
 
 
+def _between(given: Pictures, drawn: Pictures) -> tuple[Pictures, int]:
+  """One row: what was drawn behind the first that was given and before the second."""
+  return [*given[:1], *drawn, *given[1:]], len(given) + len(drawn)
+
+
+def _below(given: Pictures, drawn: Pictures) -> tuple[Pictures, int]:
+  return [*given, *drawn], len(given)
+
+
+def _behind_each(given: Pictures, drawn: Pictures) -> tuple[Pictures, int]:
+  """A row for each that was given."""
+  n = len(drawn) // len(given)
+  rows = [(one, *drawn[i * n : (i + 1) * n]) for i, one in enumerate(given)]
+  return [picture for row in rows for picture in row], n + 1
+
+
 def _run(
   name: str,
   common: Common,
   paths: Sequence[str],
   asked: dict[str, Any],
   draw: Callable[[Any, Any, Sequence[Any]], Any],
-  in_pairs: bool = False,
+  arrange: Callable[[Pictures, Pictures], tuple[Pictures, int]] = _between,
 ) -> None:
   """Reads the pictures, opens the model, draws the row, and writes it.
 
-  The row stands behind the first picture and before the second; `in_pairs` below them.
+  `arrange` takes the pictures that were given and those that were drawn, and says what stands where
+  in how many columns.
   """
   import numpy as np
 
@@ -300,10 +368,7 @@ def _run(
     model = unclip_jax.load(common.model, common.dtype, prior=common.prior_model)
     row = draw(model, how, pictures)
     given = [thumbnail(picture, row.images.shape[1]) for picture in pictures]
-    images = [*given[:1], *row.images, *given[1:]]
-    columns = len(images)
-    if in_pairs:
-      images, columns = [*given, *row.images], len(given)
+    images, columns = arrange(given, list(row.images))
     about = {
       'command': name,
       'images': list(paths),

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from unclip_jax.cli.evaluate import BatchSizeOption, tell
+from unclip_jax.cli.evaluate import BatchSizeOption, tell, warn_of
 from unclip_jax.cli.options import OUTPUT, DevicesOption, ModelOption, option
 
 
@@ -57,3 +57,4 @@ def probe(
     if out is not None:
       report.write_json(out, results)
     print(evaluation_report.probe_to_text(results['figures']))
+    warn_of(clip_probe.notices(results, judge, templates))

@@ -53,7 +53,8 @@ def inpaint(
     model: any; its decoder need not know masks.
     image: [h, w, 3], uint8 or float in [-1, 1].
     mask: bool [h, w], true where it is to be painted.
-    prompt: what the whole is to show.
+    prompt: what the whole is to show. Around a picture (`extend`) it is best left out: an object
+      is else drawn as large as training showed it.
     n: how many; they differ in their noise.
     jump: steps that are taken again together, so that both parts come to agree.
     times: how often they are taken, 1 for once; of no effect where the network knows masks.
@@ -180,7 +181,7 @@ def image_to_image(
   model: Unclip,
   image: Any,
   prompt: str = '',
-  strength: float = 0.6,
+  strength: float = 0.3,
   n: int = 1,
   z_i: Any = None,
   how: Drawing = AS_USUAL,
@@ -191,7 +192,8 @@ def image_to_image(
     model: any.
     image: [h, w, 3], uint8 or float in [-1, 1].
     prompt: what it is to show.
-    strength: how far it is noised, above 0 to 1, as a share of the schedule.
+    strength: how far it is noised, above 0 to 1, as a share of the schedule. The smaller the
+      pictures of the decoder, the less leaves nothing of them: at 32 px 0.2 is half way.
     n: how many; they differ in their noise.
     z_i: as of `inpaint`.
     how: as `Drawing` describes it; steps are those of the whole schedule.
@@ -216,7 +218,8 @@ def image_to_image(
     rows = np.flatnonzero(plan.t <= most)
     if not rows.size:
       raise UnclipError(
-        f'a strength of {strength:g} leaves none of {len(plan.t)} steps: take more of either'
+        f'a strength of {strength:g} leaves no step to take, of {len(plan.t)} in all: take more of '
+        'either'
       )
     plan = schedule.take_part(plan, rows)
     steps = len(rows)

@@ -20,7 +20,9 @@ from unclip_jax.systems.settings import Sampling
 from unclip_jax.systems.unclip import Unclip
 from unclip_jax.types import UnclipError
 
-_STEPS = 250  # of the decoder in the paper, and of its inversion
+# The embedded model gives held-out pictures back within 0.3 levels by 250 steps, the paper's, gone
+# through once, and within 0.1 by 100 steps gone through twice, at less cost.
+_STEPS, _ITERATIONS = 100, 2
 _NEARLY_ALIKE, _NEARLY_OPPOSITE = 1e-4, np.pi - 1e-4  # radians
 
 
@@ -29,10 +31,10 @@ class Drawing:
   """How a manipulation is drawn.
 
   Attributes:
-    num_steps: of the decoder. None is 250 where a picture is inverted, 50 where a part or a little
+    num_steps: of the decoder. None is 100 where a picture is inverted, 50 where a part or a little
       of it is painted anew, and else the model's own.
-    guidance_scale: None is 1 where a picture is inverted, which it is without guidance, else the
-      model's own.
+    guidance_scale: None is 1 where a picture is inverted, which it is without guidance, but for
+      its `variations`, else the model's own.
     iterations: of each step of an inversion.
     seed: of all noise. What stands in a row has the same noise, each stage's and each step's.
     size: of the pictures, in pixels, as `Unclip.sample` takes it.
@@ -40,7 +42,7 @@ class Drawing:
 
   num_steps: int | None = None
   guidance_scale: float | None = None
-  iterations: int = 3
+  iterations: int = _ITERATIONS
   seed: int = 0
   size: int | None = None
 

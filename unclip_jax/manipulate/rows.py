@@ -4,6 +4,7 @@ Section 3 (figures 3 to 6) and section 4 (figure 7). What differs along a row is
 all frames have the noise of one seed.
 """
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -77,7 +78,8 @@ def variations(
     image: [h, w, 3], uint8 or float in [-1, 1].
     n: how many; they differ in their noise.
     eta: from 0, which gives the picture back, to 1.
-    how: as `Drawing` describes it.
+    how: as `Drawing` describes it. No guidance scale is 1 at an eta of 0, the model's own at 1, and
+      on the way from one to the other between.
 
   Raises:
     UnclipError: an argument is not as above, or the model has not what it takes.
@@ -85,8 +87,17 @@ def variations(
   settings.check_count('the number of variations', n)
   eta = _check_share('eta', eta)
   latents = encode(model, [image], how)
+  if how.guidance_scale is None:
+    # What has to give the picture back must not be guided, and what is drawn anew is better so.
+    own = model.config.decoder.sampling.guidance_scale
+    how = dataclasses.replace(how, guidance_scale=1 + eta * (own - 1))
   samples = decode(model, latents.z_i, latents.x_T, n, eta, how)
-  return Row(samples.images, samples.z_i, {'error_levels': _listed(latents.error), 'eta': eta})
+  measured = {
+    'error_levels': _listed(latents.error),
+    'eta': eta,
+    'guidance_scale': how.guidance_scale,
+  }
+  return Row(samples.images, samples.z_i, measured)
 
 
 def interpolate(
@@ -222,7 +233,7 @@ def fit_pca(model: Unclip, batches: Iterable[Any]) -> principal.Pca:
 def pca_reconstruct(
   model: Unclip,
   images: Sequence[Any],
-  dims: Sequence[int],
+  dims: Sequence[int] | None = None,
   pca: principal.Pca | None = None,
   how: Drawing = AS_USUAL,
 ) -> Row:
@@ -231,7 +242,8 @@ def pca_reconstruct(
   Args:
     model: any with a decoder that is given z_i.
     images: each [h, w, 3], uint8 or float in [-1, 1].
-    dims: numbers of components, such as 20, 30, 40, 80, 120, 160, 200, 320.
+    dims: numbers of components, such as 20, 30, 40, 80, 120, 160, 200, 320; None is 5, twice that
+      and so on, and all.
     pca: of `fit_pca`; None takes that of an autoregressive prior.
     how: as `Drawing` describes it.
 
@@ -243,6 +255,9 @@ def pca_reconstruct(
   """
   pictures = check_pictures(images)
   mean, components = _components(model, pca)
+  if dims is None:
+    most = len(components)
+    dims = [5 * 2**i for i in range(most.bit_length()) if 5 * 2**i < most] + [most]
   if not len(dims):
     raise UnclipError('there is no number of components: give one or more')
   for k in dims:
@@ -268,7 +283,8 @@ def _components(model: Unclip, pca: principal.Pca | None) -> tuple[np.ndarray, n
     return pca.mean, pca.components
   if not isinstance(model.config.prior, ArPriorConfig):
     raise UnclipError(
-      'this model has no autoregressive prior to take components from: give those of fit_pca'
+      'this model has no autoregressive prior to take components from: give those of fit_pca, '
+      'or of the command --fit FOLDER'
     )
   model.check_has('prior')
   quantiser = model.params['prior']['quantiser']

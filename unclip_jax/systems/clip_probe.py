@@ -96,6 +96,23 @@ def probe(
   return {'about': evaluation.about(), 'figures': [entry | common for entry in figures]}
 
 
+def notices(results: dict[str, Any], judge: ClipJudge, templates: Sequence[str]) -> list[str]:
+  """What is to be said of zero-shot figures: templates in words that a CLIP never saw mislead."""
+  if judge.vocabulary is None:
+    return []
+  if not any(entry['figure'].startswith('zero-shot') for entry in results['figures']):
+    return []
+  unseen = dict.fromkeys(
+    word for text in templates for word in judge.vocabulary.unseen(text.replace('{}', ' '))
+  )
+  if not unseen:
+    return []
+  return [
+    f'the zero-shot prompts have words that the CLIP never saw, {", ".join(map(repr, unseen))}: '
+    "give others by --template, such as 'a {}'"
+  ]
+
+
 def _zero_shot(
   measured: _Embedded, names: list[str], judge: ClipJudge, templates: Sequence[str]
 ) -> list[Entry]:
@@ -105,7 +122,8 @@ def _zero_shot(
   ks = tuple(k for k in (1, 5) if k < len(names))
   batch = [(measured.z_i, labels)]
   found = zero_shot.zero_shot_accuracy(batch, zero_shot.class_embeddings(z_t, len(names)), ks)
-  settings = f'{len(names)} classes, {len(templates)} templates'
+  plural = '' if len(templates) == 1 else 's'
+  settings = f'{len(names)} classes, {len(templates)} template{plural}'
   return [
     {
       'figure': f'zero-shot {name.replace("_", " ")}',

@@ -28,13 +28,20 @@ def to_text(figures: Sequence[Entry]) -> str:
     ]
     for entry in figures
   ]
-  return '\n'.join([table(title, names, rows), '', *_networks(figures), *_settings(figures)])
+  notes = [*_networks(figures), *_settings(figures), *_spreads(figures)]
+  return '\n'.join([table(title, names, rows), '', *notes])
 
 
 def _spread(entry: Entry) -> str:
   if 'std' in entry:
     return f'± {entry["std"]:.4f}'
   return f'[{entry["low"]:.4f}, {entry["high"]:.4f}]' if 'low' in entry else ''
+
+
+def _spreads(figures: Sequence[Entry]) -> list[str]:
+  """What `_spread` stands for."""
+  said = {'std': '±: deviation over subsets', 'low': '[]: 95% interval over captions'}
+  return [text for key, text in said.items() if any(key in entry for entry in figures)]
 
 
 def _networks(figures: Sequence[Entry]) -> list[str]:
@@ -73,7 +80,9 @@ def sweep_to_text(results: Mapping[str, Any]) -> str:
     ]
     for row in results['rows']
   ]
-  return '\n'.join([table(title, names, rows), '', *_networks([distance, score])])
+  shown = [distance, score]
+  notes = [*_networks(shown), *_settings([score]), *_spreads(shown)]
+  return '\n'.join([table(title, names, rows), '', *notes])
 
 
 def probe_to_text(figures: Sequence[Entry]) -> str:
@@ -95,6 +104,8 @@ def warnings_of(figures: Sequence[Entry]) -> list[str]:
 def plot_sweep(path: Path, results: Mapping[str, Any]) -> None:
   """The distance to real pictures against the CLIP score, a point for each guidance scale.
 
+  Bars are the score's 95% intervals; how far the distance is from that of more pictures none says.
+
   Raises:
     UnclipError: it cannot be written, a full disk for instance.
   """
@@ -106,14 +117,23 @@ def plot_sweep(path: Path, results: Mapping[str, Any]) -> None:
   distance = rows[0]['distance']['figure']
   x = [row['clip_score']['value'] for row in rows]
   y = [row['distance']['value'] for row in rows]
-  axes.plot(x, y, marker='o')
+  scores = [row['clip_score'] for row in rows]
+  # Rounding may put a value of no spread outside of its interval.
+  below, above = (
+    [max(0.0, sign * (score[end] - score['value'])) for score in scores]
+    for sign, end in ((-1, 'low'), (1, 'high'))
+  )
+  axes.errorbar(x, y, xerr=(below, above), marker='o', elinewidth=1, capsize=3, alpha=0.8)
   for row, *place in zip(rows, x, y, strict=True):
     axes.annotate(
       f'{row["guidance"]:g}', place, xytext=(4, 4), textcoords='offset points', fontsize=8
     )
   first = rows[0]
   judge, network = first['clip_score']['features'], first['distance']['features']
-  axes.set(xlabel=f'CLIP score ({judge})', ylabel=f'{distance} ({network})')
+  axes.set(
+    xlabel=f'CLIP score, higher is better ({judge})',
+    ylabel=f'{distance}, lower is better ({network})',
+  )
   axes.grid(alpha=0.3)
   axes.set_title(
     f'{results["about"]["model"]}, guidance of the {results["about"]["stage"]}, '

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unclip_jax.configs import ClipConfig
+from unclip_jax.data.vocabulary import Vocabulary
 from unclip_jax.sharding import Mesh, filled_size, shard_params, sharded
 from unclip_jax.stages import clip, inception
 from unclip_jax.stages.common import listed
@@ -51,10 +52,12 @@ class ClipJudge(NamedTuple):
   Attributes:
     network: of pictures.
     encode_text: captions -> embeddings float32 [n, d] of unit norm; None where it reads none.
+    vocabulary: the words that it was trained on, None where the model does not say.
   """
 
   network: FeatureNetwork
   encode_text: Callable[[Sequence[str]], np.ndarray] | None
+  vocabulary: Vocabulary | None = None
 
 
 def open_inception(path: str | os.PathLike[str], preparation: str, mesh: Mesh) -> FeatureNetwork:
@@ -123,7 +126,8 @@ def open_clip(model: str | os.PathLike[str], mesh: Mesh) -> ClipJudge:
     lambda images: np.asarray(run(params, images)),
   )
   reads = config.text is not None and opened.tokenizer is not None
-  return ClipJudge(network, _text_encoder(config, opened, params, mesh) if reads else None)
+  encode_text = _text_encoder(config, opened, params, mesh) if reads else None
+  return ClipJudge(network, encode_text, opened.vocabulary)
 
 
 def _text_encoder(

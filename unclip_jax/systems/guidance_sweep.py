@@ -33,7 +33,7 @@ class Subject(NamedTuple):
     stage: whose guidance changes, of `STAGES`.
     scales: of guidance.
     captions: of pictures, one for each; of those of the reference where None.
-    count: pictures at each scale at most; None draws one for each caption.
+    count: pictures at each scale at most, of captions evenly spaced; None draws one for each.
     seed: of the first; the next have the numbers after it.
   """
 
@@ -88,7 +88,10 @@ def sweep(
   real = look('reference', pictures_and_captions(), len(reference))
   if not captions:
     raise UnclipError('the reference has no captions to draw from: give --prompts')
-  captions = captions[: subject.count]
+  if subject.count is not None:
+    # Of all parts of a list, which may be sorted by what its pictures show.
+    wanted = min(subject.count, len(captions))
+    captions = [captions[i * len(captions) // wanted] for i in range(wanted)]
   rows = []
   for scale in subject.scales:
     pictures = _draw(subject, captions, scale, size, options)
