@@ -33,8 +33,8 @@ def draw_and_measure(run: str, num_samples: int) -> dict[str, Values]:
   real = held_out.real_pictures(sprites, asked, size)
   seen = held_out.real_pictures(sprites, asked, model.config.clip.vision.image_size)
   drawn = {
-    'true z_i': model.sample(captions, SEED, num_samples, z_i=model.encode_image(seen)),
-    'prior': model.sample(captions, SEED, num_samples),
+    'true z_i': model.sample(captions, SEED, num_samples, size=size, z_i=model.encode_image(seen)),
+    'prior': model.sample(captions, SEED, num_samples, size=size),
   }
   return {
     name: measure(common.to_uint8(samples.stage_images[0]), real, asked)
