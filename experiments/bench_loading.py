@@ -1,8 +1,8 @@
 """How long a model of public size takes to open, against reading its bytes.
 
-  python -m experiments.bench_loading --folder /tmp/karlo        # 14 GB, written at the first run
+  python -m experiments.bench_loading --folder karlo             # 14 GB, written at the first run
   python -m experiments.bench_loading --folder my/karlo --dtype float32
-  python -m experiments.bench_loading --folder /tmp/small --set prior.depth=2     # a smaller one
+  python -m experiments.bench_loading --folder small --set prior.depth=2     # a smaller one
 
 Cold: the system is told to forget the files (posix_fadvise) before each measurement. What reading
 takes is that of the same files, whole, by large blocks into one buffer. Prints seconds, their

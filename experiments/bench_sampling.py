@@ -6,7 +6,6 @@
   python -m experiments.bench_sampling --preset tiny-karlo --peer diffusers       # in a minute
   python -m experiments.bench_sampling --model my/karlo --stages prior decoder --profile traces
   python -m experiments.bench_sampling --merge prior.json decoder.json    # of runs on one machine
-  python -m experiments.bench_sampling --merge prior.json decoder.json upsampler.json
 
 `unclip-jax bench` measures the same without a peer. What is measured and how: docs/benchmarks.md.
 `--merge` prints the stages that several runs have measured, and their sum end to end.

@@ -393,43 +393,6 @@ def test_sums_are_of_one_device():
   assert found['peer']['contenders']['eager']['ratio']['values'] == [2.0, 3.0]
 
 
-def test_runs_of_different_stages_are_merged_into_one(results, tmp_path, capsys):
-  order = ['clip', *results['about']['steps']]
-  peer = {'name': 'p', 'contenders': {'eager': {'seconds': {'values': [6.0]}}}}
-  ratio = dict.fromkeys(('median', 'least', 'most'), 3.0)
-  shown = {**peer['contenders']['eager'], 'ratio': ratio, 'largest_error': 0.0, 'rms_error': 0.0}
-  shown['seconds'] = {'median': 6.0, **shown['seconds']}
-  files = []
-  for stage in reversed(order):
-    (entry,) = (e for e in results['stages'] if e['stage'] == stage)
-    own = {'median': 2.0, 'least': 2.0, 'most': 2.0, 'values': [2.0]}
-    entry = {**entry, 'seconds': own, 'peer': {**peer, 'notes': {}, 'contenders': {'eager': shown}}}
-    files.append(str(tmp_path / f'{stage}.json'))
-    report.write_json(Path(files[-1]), {**results, 'end_to_end': [], 'stages': [entry]})
-  bench_sampling.main(['--merge', *files, '--json', str(tmp_path / 'all.json')])
-  merged = json.loads((tmp_path / 'all.json').read_text())
-  assert [entry['stage'] for entry in merged['stages']] == order
-  (whole,) = merged['end_to_end']
-  assert whole['seconds']['median'] == 2.0 * len(order)
-  assert whole['peer']['contenders']['eager']['ratio']['median'] == 3.0
-  assert 'as the sum of the stages' in capsys.readouterr().out
-  bench_sampling.main(['--merge', *files[1:], '--json', str(tmp_path / 'part.json')])
-  assert json.loads((tmp_path / 'part.json').read_text())['end_to_end'] == []
-
-
-def test_runs_that_cannot_be_merged_are_named(results, tmp_path):
-  one, other = tmp_path / 'one.json', tmp_path / 'other.json'
-  report.write_json(one, results)
-  report.write_json(other, results)
-  with pytest.raises(SystemExit, match=r'other.json: clip at batch 2 is in another file'):
-    bench_sampling.main(['--merge', str(one), str(other)])
-  report.write_json(other, {**results, 'about': {**results['about'], 'dtype': 'float16'}})
-  with pytest.raises(SystemExit, match='dtype float16, another file float32'):
-    bench_sampling.main(['--merge', str(one), str(other)])
-  with pytest.raises(SystemExit, match='holds no figures'):
-    bench_sampling.main(['--merge', str(one), str(tmp_path / 'nothing.json')])
-
-
 def test_what_cannot_be_continued_is_said(tmp_path):
   with pytest.raises(SystemExit, match='name it'):
     bench_sampling.main(['--preset', 'tiny', '--resume'])

@@ -1,5 +1,7 @@
 """The small layers against numpy in float64."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -142,8 +144,10 @@ def test_cudnn_is_given_even_numbers_of_queries_and_keys_and_changes_nothing(mon
   assert asked == [('cudnn', 8, 8, 8)]
 
 
-def test_what_nvidias_gpus_compute_attention_by():
+def test_what_nvidias_gpus_compute_attention_by(monkeypatch):
   """Shapes of Karlo: the prior's three positions, a U-Net's pixels, CLIP's tokens."""
+  device = types.SimpleNamespace(compute_capability='9.0')
+  monkeypatch.setattr(jax, 'devices', lambda: [device])
 
   def chosen(t, s, head_dim, dtype):
     q, k = jnp.zeros((2, t, 4, head_dim), dtype), jnp.zeros((2, s, 4, head_dim), dtype)
@@ -154,6 +158,8 @@ def test_what_nvidias_gpus_compute_attention_by():
   assert chosen(1024, 1105, 64, jnp.float32) is attention._attend
   assert chosen(1024, 1105, 36, jnp.bfloat16) is attention._attend
   assert chosen(77, 77, 64, jnp.float16) is attention._attend
+  device.compute_capability = '7.5'
+  assert chosen(1024, 1105, 64, jnp.bfloat16) is attention._attend
 
 
 @pytest.mark.skipif(not attention._has_cuda(), reason='cuDNN runs on GPUs of NVIDIA alone')

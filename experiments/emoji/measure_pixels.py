@@ -4,7 +4,8 @@
 
 Captions of held-out pairs, drawn from their true z_i and from their captions, at the decoder's size
 and at its settings, as `evaluate` has them. With --against the same of another model for the same
-captions and seeds, and the differences. Intervals are 95% of a bootstrap over captions.
+captions (of --run's domain) and seeds, and the differences. Intervals are 95% of a bootstrap over
+captions.
 """
 
 import dataclasses
@@ -15,19 +16,19 @@ import numpy as np
 import unclip_jax
 from experiments.emoji import common, held_out, measures
 from experiments.emoji.bench import Row, Values, domain_of, read_options, table
-from experiments.emoji.compose import load_sprites
+from experiments.emoji.compose import Sprites, load_sprites
 from experiments.emoji.parser import Parser
 from unclip_jax.evaluate.retrieval import bootstrap
+from unclip_jax.types import UnclipError
 
 SEED = 5
 
 
-def draw_and_measure(run: str, num_samples: int) -> dict[str, Values]:
+def draw_and_measure(
+  run: str, sprites: Sprites, truths: list[held_out.Truth], num_samples: int
+) -> dict[str, Values]:
   """Measures of each picture, by what it was drawn from."""
   model = dataclasses.replace(unclip_jax.load(run), vocabulary=None)
-  sprites = load_sprites(None)
-  gallery = held_out.make_gallery(sprites, *domain_of(read_options(Path(run))))
-  truths = gallery.truths[: gallery.num_asked]
   captions, size = [truth.caption for truth in truths], model.config.decoder.image_size
   asked = [truth for truth in truths for _ in range(num_samples)]
   real = held_out.real_pictures(sprites, asked, size)
@@ -59,7 +60,16 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument('--against', help='another')
   parser.add_argument('--samples', type=int, default=4, help='of each caption')
   args = parser.parse_args(argv)
-  found = {run: draw_and_measure(run, args.samples) for run in (args.run, args.against) if run}
+  if args.samples < 1:
+    raise UnclipError(f'--samples {args.samples}: take 1 or more')
+  sprites = load_sprites(None)
+  gallery = held_out.make_gallery(sprites, *domain_of(read_options(Path(args.run))))
+  truths = gallery.truths[: gallery.num_asked]
+  found = {
+    run: draw_and_measure(run, sprites, truths, args.samples)
+    for run in (args.run, args.against)
+    if run
+  }
   rows: dict[str, Row] = {}
   for run, sources in found.items():
     for source, values in sources.items():

@@ -14,7 +14,7 @@ NUM_IMAGES = 4
 
 def reconstructions(setup: Setup) -> Sheet:
   """A row for each picture: given, there and back with its own noise, and from other noise."""
-  rows, errors = [], []
+  rows, errors, how = [], [], manipulate.Drawing(seed=setup.how.seed)
   pictures = setup.pictures(
     'rocket above house, flat, blue',
     'house above rocket, flat, blue',
@@ -23,7 +23,7 @@ def reconstructions(setup: Setup) -> Sheet:
   for picture in pictures:
     own = manipulate.reconstruct(setup.model, [picture], setup.how)
     z_i = np.asarray(setup.model.encode_image(picture[None]))
-    others = manipulate.decode(setup.model, z_i, num_images=NUM_IMAGES)
+    others = manipulate.decode(setup.model, z_i, num_images=NUM_IMAGES, how=how)
     rows.append([picture, *own.images, *others.images])
     errors += own.measured['error_levels']
   names = ['given', 'its own noise', *['other noise'] * NUM_IMAGES]

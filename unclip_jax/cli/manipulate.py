@@ -103,7 +103,11 @@ _OPTIONS: dict[str, tuple[Any, Any]] = {
     None,
     Annotated[
       float | None,
-      option(DECODER, 'Guidance scale. (default: 1 to give pictures back, else as the model)'),
+      option(
+        DECODER,
+        'Guidance scale. (default: 1 where a picture is inverted, of variations up to the '
+        "model's own with --eta, else as the model)",
+      ),
     ],
   ),
   'iterations': (
@@ -221,25 +225,29 @@ def pca(
   common: Any = None,
 ) -> None:
   """Draw what few principal components of CLIP's embedding hold of pictures, a row for each."""
+  from unclip_jax.data.folder_source import PictureFolder
+
   counts = None if dims is None else numbers('--dims', dims)
+  fitted = None if fit is None else PictureFolder(fit)
 
   def draw(model: Any, how: Any, pictures: Sequence[Any]) -> Any:
-    found = None if fit is None else unclip_jax.manipulate.fit_pca(model, _batches(model, fit))
+    found = None
+    if fitted is not None:
+      found = unclip_jax.manipulate.fit_pca(model, _batches(model, fitted))
     return unclip_jax.manipulate.pca_reconstruct(model, pictures, counts, found, how)
 
   _run('pca', common, images, {'fit': fit}, draw, _behind_each)
 
 
-def _batches(model: Any, folder: str) -> Iterator[Any]:
-  """The pictures of a folder as CLIP looks at them."""
-  from unclip_jax.data.folder_source import PictureFolder
+def _batches(model: Any, folder: Any) -> Iterator[Any]:
+  """The pictures of a `PictureFolder` as CLIP looks at them."""
   from unclip_jax.systems import picture_sets
 
   model.check_has('clip')
   vision = model.config.clip.vision
   # Without an image tower any size will do to be told so.
   size = 1 if vision is None else vision.image_size
-  pictures = picture_sets.read_pictures(PictureFolder(folder), size, 'bicubic', enlarge=True)
+  pictures = picture_sets.read_pictures(folder, size, 'bicubic', enlarge=True)
   for batch, images in picture_sets.batches(pictures, _FITTED_AT_ONCE):
     yield images[: len(batch)]
 

@@ -193,7 +193,7 @@ def image_to_image(
     image: [h, w, 3], uint8 or float in [-1, 1].
     prompt: what it is to show.
     strength: how far it is noised, above 0 to 1, as a share of the schedule. The smaller the
-      pictures of the decoder, the less leaves nothing of them: at 32 px 0.2 is half way.
+      pictures of the decoder, the less leaves nothing of them.
     n: how many; they differ in their noise.
     z_i: as of `inpaint`.
     how: as `Drawing` describes it; steps are those of the whole schedule.

@@ -14,6 +14,7 @@ _LEAST_LOGITS = 2**16
 _FEW_QUERIES = 4
 _NOT_SEEN = -1e38  # infinities alone in a row would be no numbers
 _CUDNN_HEAD_DIMS = range(8, 129, 8)
+_CUDNN_GENERATION = 8.0  # compute capability
 _CUDNN_UNIT = 8  # queries and keys are filled up to a multiple
 
 
@@ -55,7 +56,7 @@ def _cudnn(q_btnh: Array, k_bsnh: Array, v_bsnh: Array, mask: Array | None) -> A
   t, s = q_btnh.shape[1], k_bsnh.shape[1]
   more_t, more_s = -t % _CUDNN_UNIT, -s % _CUDNN_UNIT
   if more_s and mask is None:
-    mask = jnp.ones((q_btnh.shape[0], 1, t, s), bool)
+    mask = jnp.ones((1, 1, t, s), bool)  # of no batch, which devices would share out
   if mask is not None:
     mask = jnp.pad(mask, ((0, 0), (0, 0), (0, more_t), (0, 0)), constant_values=True)
     mask = jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (0, more_s)))
@@ -90,7 +91,10 @@ def _has_cuda() -> bool:
 def _suits_cudnn(q_btnh: Array, k_bsnh: Array) -> bool:
   is_half = q_btnh.dtype in (jnp.bfloat16, jnp.float16)
   is_large = q_btnh.shape[1] * k_bsnh.shape[1] >= _LEAST_LOGITS
-  return is_half and is_large and q_btnh.shape[3] in _CUDNN_HEAD_DIMS
+  if not (is_half and is_large and q_btnh.shape[3] in _CUDNN_HEAD_DIMS):
+    return False
+  # Its kernels are for Ampere's and later ones.
+  return float(jax.devices()[0].compute_capability) >= _CUDNN_GENERATION
 
 
 def causal_mask(t: int, s: int) -> Array:

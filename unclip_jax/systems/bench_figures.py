@@ -136,29 +136,38 @@ def merged(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
   first, *_ = runs.values()
   apart = {'date', 'load', 'resumed'}
   stages: list[dict[str, Any]] = []
+  dates: dict[str, str] = {}
   for file, run in runs.items():
     for name in (first['about'].keys() | run['about'].keys()) - apart:
       then, now = first['about'].get(name), run['about'].get(name)
       if then != now:
         raise UnclipError(f'{file} has {name} {now}, another file {then}: take runs of one kind')
-    places = [
-      [(e['stage'], e['batch_size'], e['devices']) for e in of] for of in (stages, run['stages'])
-    ]
-    if twice := [place for place in places[1] if place in places[0]]:
-      raise UnclipError(
-        f'{file}: {twice[0][0]} at batch {twice[0][1]} is in another file: take one'
-      )
-    stages += run['stages']
-  order = ['clip', *first['about']['steps']]
-  stages.sort(key=lambda e: (order.index(e['stage']), e['devices'], e['batch_size']))
+    for entry in run['stages']:
+      place = _place(entry)
+      if place in map(_place, stages):
+        raise UnclipError(f'{file}: {place[0]} at batch {place[2]} is in another file: take one')
+      stages.append(entry)
+      dates[entry['stage']] = run['about']['date']
+  order = ('clip', 'prior', 'decoder_text', 'decoder', *first['about']['steps'], 'autoencoder')
+  stages.sort(key=lambda e: (order.index(e['stage']), *_place(e)[1:]))
+  paired = [e for e in stages if e['devices'] == 1 and 'peer' in e]
+  # A peer has what Karlo has.
+  all_of_them = {'clip', 'prior', *first['about']['steps']}
   whole = [
     e
-    for e in stages
-    if e['devices'] == 1
-    and 'peer' in e
-    and {o['stage'] for o in stages if o['batch_size'] == e['batch_size']} == set(order)
+    for e in paired
+    if {o['stage'] for o in paired if o['batch_size'] == e['batch_size']} == all_of_them
   ]
-  return {**first, 'stages': stages, 'end_to_end': sums(whole) if whole else []}
+  return {
+    **first,
+    'about': {**first['about'], 'resumed': dates},
+    'stages': stages,
+    'end_to_end': sums(whole) if whole else [],
+  }
+
+
+def _place(entry: Mapping[str, Any]) -> tuple[str, int, int]:
+  return entry['stage'], entry['devices'], entry['batch_size']
 
 
 def about(subject: Subject, options: Options) -> dict[str, Any]:
