@@ -299,8 +299,7 @@ def test_another_number_of_steps_than_27_is_strided_and_says_so():
 
 def test_importing_is_light_and_names_what_is_public():
   script = textwrap.dedent("""
-    import sys, time
-    start = time.process_time()
+    import sys
     import unclip_jax
     assert 'jax' not in sys.modules
     assert callable(unclip_jax.stages.decoder.sample)
@@ -308,7 +307,7 @@ def test_importing_is_light_and_names_what_is_public():
     assert unclip_jax.nn.unet and unclip_jax.data.tokenizer and unclip_jax.weights.folder
     for name in dir(unclip_jax):
       getattr(unclip_jax, name)
-    assert time.process_time() - start < 2, time.process_time() - start
+    assert len(sys.modules) < 1200, len(sys.modules)  # 1,030 by jax 0.10.2, most of them its own
     heavy = {'torch', 'tensorflow', 'transformers', 'orbax', 'tensorflow_datasets', 'optax'}
     assert not heavy & set(sys.modules), heavy & set(sys.modules)
   """)
