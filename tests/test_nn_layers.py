@@ -162,6 +162,7 @@ def test_what_nvidias_gpus_compute_attention_by(monkeypatch):
   assert chosen(1024, 1105, 64, jnp.bfloat16) is attention._attend
 
 
+# Without such a GPU JAX cannot trace the call; what is given to it is tested above, everywhere.
 @pytest.mark.skipif(not attention._has_cuda(), reason='cuDNN runs on GPUs of NVIDIA alone')
 @pytest.mark.parametrize('mask', masks_of(2, 257, 301))
 def test_cudnn_equals_float32_to_16_bits(mask):
