@@ -19,6 +19,15 @@ jax.config.update('jax_disable_most_optimizations', True)
 os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'  # and of the processes that tests start
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+  """What compilers for GPUs make of so small a program is another one: fewer products, say."""
+  if jax.default_backend() == 'cpu':
+    return
+  for item in items:
+    if item.get_closest_marker('cpu_program'):
+      item.add_marker(pytest.mark.skip(reason='is about what XLA makes of a program for CPUs'))
+
+
 def pytest_configure(config: pytest.Config) -> None:
   """Programs are compiled once for all tests of a process.
 

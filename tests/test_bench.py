@@ -91,6 +91,7 @@ def test_all_stages_and_the_whole_are_measured(results):
     assert entry['first_image_seconds'] > entry['seconds']['most']
 
 
+@pytest.mark.cpu_program
 def test_flops_of_the_programs_are_within_two_percent_of_those_counted_by_hand(results):
   counted = [e for e in results['stages'] if e['analytic_flops'] is not None]
   assert {e['stage'] for e in counted} == {'prior', 'decoder', 'upsampler_0'}

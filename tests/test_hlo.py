@@ -55,6 +55,7 @@ def seven_times(x, w):
   return repeated(x, w, 7)
 
 
+@pytest.mark.cpu_program
 @pytest.mark.parametrize(
   ('fn', 'shapes', 'expected'),
   [
@@ -236,6 +237,7 @@ def test_a_program_without_collectives_has_none():
   assert loop_collectives(compiled(seven_times, normal(3, 5), normal(5, 5)).as_text()) == []
 
 
+@pytest.mark.cpu_program
 @pytest.mark.parametrize(
   ('b', 'scale', 'num_candidates'), [(1, 2.0, 2), (3, 2.0, 1), (3, None, 1), (2, None, 3)]
 )

@@ -66,6 +66,7 @@ def lowered(x, dtype=jnp.float32, deterministic=True):
   return apply.lower(variables, x).as_text()
 
 
+@pytest.mark.cpu_program
 def test_only_float32_of_wide_layers_and_enough_pixels_goes_by_winograd():
   wide = jnp.zeros((1, 32, 32, WIDE))
   assert 'dot_general' in lowered(wide) and 'convolution' not in lowered(wide)
@@ -126,6 +127,7 @@ def test_transformed_kernels_are_in_memory_one_at_a_time():
   assert temporaries(6) - temporaries(3) < variables['params']['kernel'].nbytes
 
 
+@pytest.mark.cpu_program
 def test_a_nan_in_the_kernel_shows():
   x, variables = make(WIDE, WIDE, (1, 32, 32))
   kernel = variables['params']['kernel'].at[0, 0, 0, 0].set(jnp.nan)

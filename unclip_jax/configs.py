@@ -205,6 +205,7 @@ class DecoderConfig:
   # Pixels a side of a first guess that the U-Net is given (its condition_channels: 3); 0: no guess.
   draft_size: int = 0
   draft_width: int = 512  # of the hidden layers that guess
+  inpaints: bool = False  # it may be given a picture to complete, as GLIDE's are
 
 
 @dataclasses.dataclass(frozen=True)
@@ -337,6 +338,11 @@ class GlideDecoderConfig:
   sampling: SamplingConfig
   text: TextConfig
 
+  @property
+  def inpaints(self) -> bool:
+    """Whether it has channels for a picture to complete and its mask."""
+    return self.unet.condition_channels > 0
+
 
 @dataclasses.dataclass(frozen=True)
 class GlideUpsamplerConfig:
@@ -348,6 +354,11 @@ class GlideUpsamplerConfig:
   diffusion: DiffusionConfig
   sampling: SamplingConfig
   text: TextConfig
+
+  @property
+  def inpaints(self) -> bool:
+    """Whether it has channels for a picture to complete and its mask."""
+    return self.unet.condition_channels > self.unet.in_channels
   temperature: float = 0.997  # of the noise that it starts from
 
 

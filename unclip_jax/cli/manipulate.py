@@ -287,8 +287,13 @@ def inpaint(
     int, typer.Option(help='Steps that are taken again together.', rich_help_panel=DECODER)
   ] = 5,
   times: Annotated[
-    int, typer.Option(help='How often they are taken.', rich_help_panel=DECODER)
-  ] = 4,
+    int | None,
+    typer.Option(
+      help='How often they are taken; 4, or not again by a decoder that knows masks.',
+      show_default=False,
+      rich_help_panel=DECODER,
+    ),
+  ] = None,
   common: Any = None,
 ) -> None:
   """Paint a part of a picture anew, or what is around it, by any model."""

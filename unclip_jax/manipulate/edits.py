@@ -1,17 +1,18 @@
 """Pictures of which a part, or a little of all, is painted anew, by any model.
 
-Inpainting is RePaint's (`diffusion.resampling`); a network that was trained to complete pictures
-(GLIDE's) is given what it was trained on. Image to image is partial noising (SDEdit, Meng et al.
+A network that was trained to complete pictures (GLIDE's, the embedded decoder) is given what is
+known and where; by any other inpainting is RePaint's (`diffusion.resampling`). Image to image is partial noising (SDEdit, Meng et al.
 2022): the picture is noised as far as asked, and denoised as another one.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from unclip_jax.configs import GlideDecoderConfig
+from unclip_jax.configs import DecoderConfig, GlideDecoderConfig
 from unclip_jax.diffusion import gaussian, schedule
 from unclip_jax.diffusion.guidance import Guidance
 from unclip_jax.diffusion.resampling import jumping_timesteps
@@ -25,7 +26,7 @@ from unclip_jax.manipulate.latents import (
   to_x_0,
 )
 from unclip_jax.manipulate.rows import Row
-from unclip_jax.stages import common, glide
+from unclip_jax.stages import common, masks
 from unclip_jax.systems import programs, settings
 from unclip_jax.systems.given import as_array
 from unclip_jax.systems.samples import Request
@@ -34,6 +35,7 @@ from unclip_jax.systems.unclip import Unclip
 from unclip_jax.types import Step, UnclipError
 
 _STEPS = 50
+_TIMES = 4
 
 
 def inpaint(
@@ -43,7 +45,7 @@ def inpaint(
   prompt: str = '',
   n: int = 1,
   jump: int = 5,
-  times: int = 4,
+  times: int | None = None,
   z_i: Any = None,
   how: Drawing = AS_USUAL,
 ) -> Row:
@@ -57,7 +59,8 @@ def inpaint(
       is else drawn as large as training showed it.
     n: how many; they differ in their noise.
     jump: steps that are taken again together, so that both parts come to agree.
-    times: how often they are taken, 1 for once; of no effect where the network knows masks.
+    times: how often they are taken, 1 for once. None: 4, but where the network knows masks none
+      is taken again, as it sees at each step what is known.
     z_i: float [1 or n, d] to decode; None is the prior's of the prompt, and the picture's own
       where there is no prompt or no prior.
     how: as `Drawing` describes it.
@@ -68,8 +71,9 @@ def inpaint(
   picture, is_anew = _check_masked(image, mask)
   settings.check_count('the number of pictures', n)
   settings.check_count('jump', jump)
-  settings.check_count('times', times)
-  model = at_size(model, how.size)
+  if times is not None:
+    settings.check_count('times', times)
+  model = _by_resampling(at_size(model, how.size), times)
   decoder, size = model.config.decoder, settings.sizes(model.config)[0]
   pixels, x_0 = to_x_0(model, [picture])
   anew = _pool(is_anew, decoder.image_size)
@@ -82,7 +86,7 @@ def inpaint(
     ends_at_x_0 = bool(plan.noise_var_next[-1] == 0)
     # A plan that ends at the least noisy timestep has it in no row.
     timesteps = plan.t if ends_at_x_0 else np.append(plan.t, 0)
-    timesteps = jumping_timesteps(timesteps, jump, times)
+    timesteps = jumping_timesteps(timesteps, jump, _TIMES if times is None else times)
     full = common.make_schedule(decoder.diffusion)
     plan = schedule.make_plan(full, timesteps, to_x_0=ends_at_x_0)
     known = 1 - np.broadcast_to(anew[None, :, :, None], (rows, *anew.shape, 1)).astype(np.float32)
@@ -92,8 +96,13 @@ def inpaint(
       mask=(known,),
     )
 
-  if isinstance(decoder, GlideDecoderConfig) and glide.inpaints(decoder):
-    how_known = {'image': picture[None], 'mask': is_anew[None]}
+  if masks.completes(decoder):
+    # GLIDE's upsamplers read the picture as well, at their size.
+    reads_whole = isinstance(decoder, GlideDecoderConfig)
+    how_known = {
+      'image': picture[None] if reads_whole else x_0,
+      'mask': (is_anew if reads_whole else anew)[None],
+    }
     sampling = Sampling(how.num_steps, guidance_scale=how.guidance_scale)
   else:
     how_known, sampling = {'revise': keep}, _ancestral(model, how)
@@ -249,6 +258,22 @@ def image_to_image(
     'mean_change_levels': round(float(change), 4),
   }
   return Row(samples.images, samples.z_i, measured)
+
+
+def _by_resampling(model: Unclip, times: int | None) -> Unclip:
+  """The model as one whose decoder knows no masks, where resampling is asked for."""
+  decoder = model.config.decoder
+  if times is None or not masks.completes(decoder):
+    return model
+  if not isinstance(decoder, DecoderConfig):
+    raise UnclipError(
+      'times is without effect: this model is always given what is known of the picture: leave it '
+      'out'
+    )
+  config = dataclasses.replace(
+    model.config, decoder=dataclasses.replace(decoder, inpaints=False)
+  )
+  return dataclasses.replace(model, config=config)
 
 
 def _ancestral(model: Unclip, how: Drawing) -> Sampling:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from unclip_jax.configs import DecoderConfig, TextConfig
 from unclip_jax.nn.clip import TextFeatures
-from unclip_jax.nn.layers import LayerNorm, zeros
+from unclip_jax.nn.layers import LayerNorm, space_to_depth, zeros
 from unclip_jax.nn.transformer import KeyValues, Transformer
 from unclip_jax.nn.unet import UNet
 from unclip_jax.types import Array
@@ -28,7 +28,7 @@ class Conditioning(NamedTuple):
     context: each attention layer's keys and values of z_i's tokens and the caption's.
     context_mask: bool [b, s], or None where every position counts.
     draft: float32 [b, draft_size, draft_size, 3], or None where the config has no draft.
-    condition: the draft's share of the first convolution.
+    condition: the draft's share of the first convolution, and a known picture's.
   """
 
   emb: Array
@@ -93,7 +93,7 @@ class Draft(nn.Module):
 
 
 class DecoderNetwork(nn.Module):
-  """Text encoder or projections, image projections, U-Net; a draft if asked for."""
+  """Text encoder or projections, image projections, U-Net; a draft and masks if asked for."""
 
   config: DecoderConfig
   dtype: Any = jnp.float32
@@ -117,15 +117,25 @@ class DecoderNetwork(nn.Module):
     if config.draft_size:
       shape = (config.draft_size, config.draft_size, config.unet.in_channels)
       self.draft = Draft(config.draft_width, shape, self.dtype)
+    if config.inpaints:
+      # Zero at first and without a bias: a decoder that was trained without masks may learn them,
+      # and a picture of which nothing is known changes nothing.
+      self.conv_known = nn.Conv(
+        config.unet.channels, (3, 3), use_bias=False, kernel_init=zeros, dtype=self.dtype
+      )
     self.unet = UNet(config.unet, self.dtype, self.remat)
 
-  def encode_conditioning(self, text: TextFeatures, z_i: Array, has_z_i: Array) -> Conditioning:
+  def encode_conditioning(
+    self, text: TextFeatures, z_i: Array, has_z_i: Array, known: Array | None = None
+  ) -> Conditioning:
     """Everything about a prompt that no denoising step changes.
 
     Args:
       text: features of the b captions (of an empty one where the caption is dropped).
       z_i: [b, embed_dim] CLIP image embeddings.
       has_z_i: bool [b]; where false the learned null embedding stands in for z_i.
+      known: [b, h, w, 4], a picture, zero where it is to be painted, and 1 where it is known, else
+        0 (GLIDE, section 4.1); None to paint all.
     """
     config = self.config
     z_i = z_i.astype(jnp.float32) * config.embed_scale
@@ -151,6 +161,9 @@ class DecoderNetwork(nn.Module):
       scale = config.image_size // config.draft_size
       enlarged = jax.lax.stop_gradient(draft).repeat(scale, axis=1).repeat(scale, axis=2)
       condition = self.unet.encode_condition(enlarged)
+    if known is not None:
+      share = self.conv_known(space_to_depth(known, config.unet.patch_size).astype(self.dtype))
+      condition = share if condition is None else condition + share
     return Conditioning(emb, self.unet.encode_context(context), mask, draft, condition)
 
   def encode_time(self, t: Array) -> Array:
@@ -166,9 +179,16 @@ class DecoderNetwork(nn.Module):
     return self.unet(x_t, emb, context, context_mask, condition, deterministic)
 
   def predict(
-    self, x_t: Array, t: Array, text: TextFeatures, z_i: Array, has_z_i: Array, deterministic: bool
+    self,
+    x_t: Array,
+    t: Array,
+    text: TextFeatures,
+    z_i: Array,
+    has_z_i: Array,
+    deterministic: bool,
+    known: Array | None = None,
   ) -> tuple[Array, Array | None]:
     """Conditioning and one evaluation in one, as training needs: the output, and the draft."""
-    conditioning = self.encode_conditioning(text, z_i, has_z_i)
+    conditioning = self.encode_conditioning(text, z_i, has_z_i, known)
     output = self(x_t, self.encode_time(t), conditioning, deterministic)
     return output, conditioning.draft

@@ -20,12 +20,14 @@ from unclip_jax.nn.clip import TextFeatures
 from unclip_jax.nn.decoder import DecoderNetwork
 from unclip_jax.nn.kandinsky import KandinskyDecoderNetwork
 from unclip_jax.nn.stable_unclip import StableUnclipDecoderNetwork
+from unclip_jax.stages import masks
 from unclip_jax.stages.common import draw_training_step, make_denoise_fn
 from unclip_jax.stages.diffusion_prior import drop_text
-from unclip_jax.types import Array, Params, Step
+from unclip_jax.types import Array, Params, Step, UnclipError
 
 # What `init` and `sample` know; `loss` is of the first alone.
 EmbeddingDecoderConfig = DecoderConfig | KandinskyDecoderConfig | StableUnclipDecoderConfig
+_MASKS = 3  # what a step folds into its key for them, beyond the keys that it splits off
 
 
 def make_network(config: EmbeddingDecoderConfig, dtype: Any = jnp.float32) -> nn.Module:
@@ -44,11 +46,14 @@ def init(config: EmbeddingDecoderConfig, key: Array) -> Params:
   x_t = jnp.zeros((1, config.image_size, config.image_size, config.unet.in_channels))
   z_i, t = jnp.zeros((1, config.embed_dim)), jnp.zeros(1, jnp.int32)
   given: tuple[Any, ...]
+  known: tuple[Any, ...] = ()
   match config:
     case DecoderConfig():
       length = 8 if config.text is None else config.text.context_length
       text = _some_text(length, config.clip_text_width or 1, config.embed_dim)
       given = (text, z_i, jnp.ones(1, bool))
+      if config.inpaints:
+        known = (jnp.zeros((*x_t.shape[:3], masks.CHANNELS)),)
     case KandinskyDecoderConfig(text_width=None):
       given = (None, z_i)
     case KandinskyDecoderConfig():
@@ -56,7 +61,8 @@ def init(config: EmbeddingDecoderConfig, key: Array) -> Params:
     case StableUnclipDecoderConfig():
       text = _some_text(8, config.unet.context_dim, config.embed_dim)
       given = (text, jnp.zeros((1, 2 * config.embed_dim)))
-  return make_network(config).init(key, x_t, t, *given, True, method='predict')['params']
+  network = make_network(config)
+  return network.init(key, x_t, t, *given, True, *known, method='predict')['params']
 
 
 def _some_text(length: int, width: int, embed_dim: int) -> TextFeatures:
@@ -84,6 +90,7 @@ def loss(
 
   z_i is dropped for 10% of the images and the caption for 50%, independently of each other. With
   `z_i_noise` z_i is turned by noise, so that a prior's small errors are nothing new to the decoder.
+  With `inpaints` a part of most images is given (`masks.draw_masks`).
 
   Args:
     config: the decoder's.
@@ -103,6 +110,10 @@ def loss(
   z_i, has_z_i, text = _corrupt(config, key_drop, z_i, text, null_text)
   diffusion = config.diffusion
   x_t, eps, step = draw_training_step(diffusion, key_step, image_bhwc)
+  known = None
+  if config.inpaints:
+    mask = masks.draw_masks(jax.random.fold_in(key, _MASKS), len(x_t), config.image_size)
+    known = masks.beside(image_bhwc, mask)
   output, draft = DecoderNetwork(config, dtype, remat).apply(
     {'params': params},
     x_t,
@@ -111,6 +122,7 @@ def loss(
     z_i,
     has_z_i,
     False,
+    known,
     method='predict',
     rngs={'dropout': key_dropout},
   )
@@ -193,6 +205,8 @@ def sample(
   with_trajectory: bool = False,
   dtype: Any = jnp.float32,
   null_z_i: Array | None = None,
+  known: Array | None = None,
+  mask: Array | None = None,
 ) -> tuple[Array, samplers.Trajectory | None]:
   """Draws images, float32 [b, image_size, image_size, 3] around [-1, 1], or latents of that size.
 
@@ -212,7 +226,15 @@ def sample(
     dtype: the network's.
     null_z_i: of the shape of z_i, what the unconditional half has in its place; of a
       `DecoderConfig` None, as that has learned its own.
+    known: [b, image_size, image_size, 3] in [-1, 1], a picture that is kept where the mask says; of
+      a `DecoderConfig` that `inpaints`.
+    mask: [b, image_size, image_size, 1], 1 or true where it is kept.
+
+  Raises:
+    UnclipError: there is a picture to keep, but the network was not trained to complete one.
   """
+  if known is not None and not masks.completes(config):
+    raise UnclipError('this decoder was not trained to complete pictures')
   if x_start is None:
     size = config.image_size
     x_start = samplers.start_noise(key_b, (size, size, config.unet.in_channels))
@@ -221,7 +243,9 @@ def sample(
   uncond: tuple[Any, ...] = (null_text, null_z_i)
   if isinstance(config, DecoderConfig):
     b = z_i.shape[0]
-    cond, uncond = (text, z_i, jnp.ones(b, bool)), (null_text, z_i, jnp.zeros(b, bool))
+    given = None if known is None else masks.beside(known, mask)
+    cond = (text, z_i, jnp.ones(b, bool), given)
+    uncond = (null_text, z_i, jnp.zeros(b, bool), given)
   if guidance_scale is not None:
     cond = guidance.interleave(cond, uncond)
   conditioning = network.apply(variables, *cond, method='encode_conditioning')
@@ -232,6 +256,7 @@ def sample(
     time_embs,
     config.diffusion,
     guidance_scale,
+    None if known is None else masks.paste(known, mask),
   )
   result = samplers.sample_loop(denoise_fn, sampler, plan, x_start, key_b, with_trajectory)
   return result if with_trajectory else (result, None)

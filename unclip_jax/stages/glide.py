@@ -17,10 +17,9 @@ from unclip_jax.diffusion import guidance, samplers
 from unclip_jax.diffusion.guidance import Guidance
 from unclip_jax.nn.clip import TextFeatures
 from unclip_jax.nn.glide import GlideNetwork
+from unclip_jax.stages import masks
 from unclip_jax.stages.common import make_denoise_fn
 from unclip_jax.types import Array, DenoiseFn, Params, Step, UnclipError
-
-MASK_CHANNELS = 1
 
 
 def init(config: GlideDecoderConfig | GlideUpsamplerConfig, key: Array) -> Params:
@@ -37,12 +36,6 @@ def init(config: GlideDecoderConfig | GlideUpsamplerConfig, key: Array) -> Param
   return network.init(key, x_t, t, text, condition, True, method='predict')['params']
 
 
-def inpaints(config: GlideDecoderConfig | GlideUpsamplerConfig) -> bool:
-  """Whether a network has channels for a known picture and its mask."""
-  low = config.unet.in_channels if isinstance(config, GlideUpsamplerConfig) else 0
-  return config.unet.condition_channels > low
-
-
 def enlarge(low_bhwc: Array, size: int) -> Array:
   """What an upsampler sees of the small image: within [-1, 1] and of 256 levels, then bilinear.
 
@@ -57,17 +50,6 @@ def enlarge(low_bhwc: Array, size: int) -> Array:
   low = jnp.clip(low_bhwc.astype(jnp.float32), -1, 1)
   low = jnp.round((low + 1) * 127.5) / 127.5 - 1
   return jax.image.resize(low, (b, size, size, c), 'linear')
-
-
-def paste(known_bhwc: Array, mask_bhw1: Array) -> Callable[[Array], Array]:
-  """What puts the known pixels into an x_0.
-
-  Args:
-    known_bhwc: [b, h, w, 3] in [-1, 1]; what it holds where the mask is 0 has no effect.
-    mask_bhw1: [b, h, w, 1], 1 or true where the picture is known.
-  """
-  known, mask = known_bhwc.astype(jnp.float32), mask_bhw1.astype(jnp.float32)
-  return lambda x_0: x_0 * (1 - mask) + known * mask
 
 
 def sample_base(
@@ -111,7 +93,7 @@ def sample_base(
     cond = guidance.interleave(cond, (null_text, condition))
   if x_start is None:
     x_start = _start(config, key_b)
-  edit_x_0 = None if known is None else paste(known, mask)
+  edit_x_0 = None if known is None else masks.paste(known, mask)
   denoise_fn = _make_denoise_fn(config, params, cond, plan, guidance_scale, edit_x_0, dtype)
   result = samplers.sample_loop(denoise_fn, sampler, plan, x_start, key_b, with_trajectory)
   return result if with_trajectory else (result, None)
@@ -157,7 +139,7 @@ def sample_upsampler(
   if x_start is None:
     x_start = _start(config, key_b)
   x_start = config.temperature * x_start
-  edit_x_0 = None if known is None else paste(known, mask)
+  edit_x_0 = None if known is None else masks.paste(known, mask)
   denoise_fn = _make_denoise_fn(config, params, cond, plan, None, edit_x_0, dtype)
   result = samplers.sample_loop(denoise_fn, sampler, plan, x_start, key_b, with_trajectory)
   return result if with_trajectory else (result, None)
@@ -172,12 +154,11 @@ def _condition(
 ) -> Array | None:
   """The channels beside x_t, known * mask, mask and small image, of those that the config has."""
   size, parts = config.image_size, []
-  if inpaints(config):
+  if config.inpaints:
     if known is None:  # all is to be painted: zeros, as in the release
-      parts.append(jnp.zeros((batch, size, size, config.unet.in_channels + MASK_CHANNELS)))
+      parts.append(jnp.zeros((batch, size, size, masks.CHANNELS)))
     else:
-      mask = mask.astype(jnp.float32)
-      parts += [known.astype(jnp.float32) * mask, mask]
+      parts.append(masks.beside(known, mask))
   elif known is not None:
     raise UnclipError(
       'these weights of GLIDE do not inpaint: take base_inpaint.pt and upsample_inpaint.pt'

@@ -39,6 +39,7 @@ from unclip_jax.stages import (
   decoder,
   diffusion_prior,
   glide,
+  masks,
   stable_unclip,
   text_encoder,
   upsampler,
@@ -302,8 +303,7 @@ def sample_decoder(
     method = ddim_inversion()
   else:
     method = common.make_sampler(sampler, variance, eta, config.diffusion.prediction)
-  completes = isinstance(config, GlideDecoderConfig) and glide.inpaints(config)
-  if prompt.known is not None and not completes:
+  if prompt.known is not None and not masks.completes(config):
     method = keep_known(method, prompt.known, prompt.mask)
     prompt = prompt._replace(known=None, mask=None)
   how = (key_b, plan, method, guidance_scale, x_start, with_trajectory, dtype)
@@ -320,9 +320,8 @@ def sample_decoder(
       statistics = diffusion_prior.Statistics(**params['normalizer'])
       z_i = stable_unclip.augment(config, statistics, z_i, prompt.noise_level, noise)
       null_z_i, params = jnp.zeros_like(z_i), params['network']
-    drawn = decoder.sample(
-      config, params, prompt.text, prompt.null_text, z_i, *how, null_z_i=null_z_i
-    )
+    given = (null_z_i, prompt.known, prompt.mask)
+    drawn = decoder.sample(config, params, prompt.text, prompt.null_text, z_i, *how, *given)
     return Sampled(*drawn)
 
 

@@ -16,6 +16,7 @@ from unclip_jax.configs import (
   UnclipConfig,
 )
 from unclip_jax.data.tokenizer import Tokenizer, Tokens
+from unclip_jax.stages import masks
 from unclip_jax.systems import ar_settings, settings
 from unclip_jax.systems.given import as_array, given_array
 from unclip_jax.systems.pipeline import image_shape
@@ -313,13 +314,12 @@ def _given_noise(
 def _known(config: UnclipConfig, given: Given, n: int) -> tuple[Any, Any]:
   """The picture that is to be completed and its mask, at the size of each stage."""
   decoder = config.decoder
-  completes = isinstance(decoder, GlideDecoderConfig) and decoder.unet.condition_channels > 0
   if given.image is None and given.mask is None:
-    if not completes:
+    if not (isinstance(decoder, GlideDecoderConfig) and decoder.inpaints):
       return None, None
     # Without a picture all is to be painted.
     image, mask = np.zeros((1, 1, 1, 3), np.float32), np.ones((1, 1, 1), bool)
-  elif not completes:
+  elif not masks.completes(decoder):
     raise UnclipError('image and mask are without effect: this model completes no pictures')
   else:
     image, mask = _check_known(given, n)

@@ -228,6 +228,7 @@ def _check(config: UnclipConfig) -> None:
   needed = {
     'decoder.text is set: Karlo reads the states of CLIP': decoder.text is None,
     'decoder.draft_size is set: Karlo has no draft': not decoder.draft_size,
+    'decoder.inpaints is true: Karlo completes no pictures': not decoder.inpaints,
     'decoder.diffusion.learned_variance is false': decoder.diffusion.learned_variance,
     'the U-Net of the decoder has no attention': bool(decoder.unet.attention_levels),
     'decoder.embed_scale is not 1': decoder.embed_scale == 1,
