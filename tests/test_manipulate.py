@@ -241,13 +241,33 @@ def test_glide_inpaints_and_knows_no_z_i(channels):
   config = override(GLIDE, [f'decoder.unet.condition_channels={channels}'])
   model = make_model(dataclasses.replace(config, upsamplers=()))
   how = Drawing(num_steps=2)
-  row = manipulate.inpaint(model, ONE, HALF, ROCKET, jump=1, times=2, how=how)
+  row = manipulate.inpaint(model, ONE, HALF, ROCKET, jump=1, how=how)
   np.testing.assert_array_equal(row.images[0][:, :4], manipulate.thumbnail(ONE[2:18], 8)[:, :4])
   assert row.z_i is None
   with pytest.raises(UnclipError, match='no clip'):
     manipulate.reconstruct(model, [ONE], how)
   with pytest.raises(UnclipError, match='the prompt is empty'):
     manipulate.inpaint(model, ONE, HALF, how=how)
+  if channels:
+    with pytest.raises(UnclipError, match='times is without effect'):
+      manipulate.inpaint(model, ONE, HALF, ROCKET, times=2, how=how)
+
+
+def test_a_decoder_of_ours_that_knows_masks_is_given_them_or_resamples():
+  model = make_model(override(CONFIG, ['decoder.inpaints=true']))
+  given = manipulate.thumbnail(ONE, SIZE)
+  own = manipulate.inpaint(model, ONE, HALF, ROCKET, 2, how=PAINT)
+  np.testing.assert_array_equal(own.images[:, :, :8], given[None, :, :8].repeat(2, axis=0))
+  dark = manipulate.inpaint(model, ONE // 4, HALF, ROCKET, 2, how=PAINT)
+  assert levels_apart(dark.images[:, :, 8:], own.images[:, :, 8:]) > 1
+  # Asked to resample, it is a decoder that knows no masks.
+  resampled = manipulate.inpaint(model, ONE, HALF, ROCKET, 2, 2, 2, how=PAINT)
+  params = {**model.params, 'decoder': {**model.params['decoder']}}
+  del params['decoder']['conv_known']
+  plain = dataclasses.replace(model, config=CONFIG, params=params)
+  theirs = manipulate.inpaint(plain, ONE, HALF, ROCKET, 2, 2, 2, how=PAINT)
+  np.testing.assert_array_equal(resampled.images, theirs.images)
+  assert levels_apart(resampled.images, own.images) > 1
 
 
 def test_slerp():

@@ -12,7 +12,6 @@ import twins
 from etils import epath
 from test_glide import NETWORKS, PAIRS, expected_of, parts_of, tensors
 
-from unclip_jax.stages import glide
 from unclip_jax.systems import glide_format
 from unclip_jax.types import UnclipError
 from unclip_jax.weights import glide as release
@@ -72,7 +71,7 @@ def test_shapes_of_the_full_size_are_those_of_the_release():
 def test_weights_that_inpaint_are_sampled_as_in_their_notebook():
   config = open_fakes(full_size('inpaint'))
   (upsampler,), (plain,) = config.upsamplers, release.GLIDE.upsamplers
-  assert [glide.inpaints(stage) for stage in (config.decoder, upsampler, plain)] == [1, 1, 0]
+  assert [stage.inpaints for stage in (config.decoder, upsampler, plain)] == [True, True, False]
   assert config.decoder.sampling.guidance_scale == 5.0
   assert upsampler.sampling == dataclasses.replace(plain.sampling, sampler='ddpm')
 

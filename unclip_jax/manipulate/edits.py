@@ -1,8 +1,9 @@
 """Pictures of which a part, or a little of all, is painted anew, by any model.
 
-A network that was trained to complete pictures (GLIDE's, the embedded decoder) is given what is
-known and where; by any other inpainting is RePaint's (`diffusion.resampling`). Image to image is partial noising (SDEdit, Meng et al.
-2022): the picture is noised as far as asked, and denoised as another one.
+A network that was trained to complete pictures (GLIDE's, a decoder that `inpaints`) is given what
+is known and where; by any other inpainting is RePaint's (`diffusion.resampling`). Image to image is
+partial noising (SDEdit, Meng et al. 2022): the picture is noised as far as asked, and denoised as
+another one.
 """
 
 import dataclasses
@@ -270,9 +271,7 @@ def _by_resampling(model: Unclip, times: int | None) -> Unclip:
       'times is without effect: this model is always given what is known of the picture: leave it '
       'out'
     )
-  config = dataclasses.replace(
-    model.config, decoder=dataclasses.replace(decoder, inpaints=False)
-  )
+  config = dataclasses.replace(model.config, decoder=dataclasses.replace(decoder, inpaints=False))
   return dataclasses.replace(model, config=config)
 
 
