@@ -1,5 +1,6 @@
 """Programs compiled ahead: `generate` with the same settings finds all of them."""
 
+import json
 import os
 import resource
 import subprocess
@@ -21,27 +22,43 @@ SETTINGS = (
   *('--prior-guidance', '2', '--prior-guidance-interval', '0.3', '1'),
   *('--decoder-guidance', '1', '--size', '16'),
 )
-# The command, with kernels laid out by columns though they are small.
+# Commands, with kernels laid out by columns though they are small; after each a line of what the
+# cache holds then.
 BY_COLUMNS = """
+import json, os, sys
 from unclip_jax.systems import by_columns
 by_columns.MIN_SIZE = 256
 from unclip_jax.cli import main
-main()
+for args in json.loads(sys.argv[1]):
+  try:
+    main(args)
+  except SystemExit as stop:
+    if stop.code:
+      raise
+  print('kept:', *os.listdir('cache'), file=sys.stderr)
 """
 
 
-def run(folder, devices, *args):
-  """The command in a process of its own, with a cache of its own; groups of 2 share parameters."""
+def run(folder, devices, *commands):
+  """Commands in a process of their own, whose cache is in the folder; groups of 2 share parameters.
+
+  Returns what they said, and the names of the cache's programs after each.
+  """
+  flags = os.environ.get('XLA_FLAGS', '')  # of conftest.py
   env = os.environ | {
     'JAX_PLATFORMS': 'cpu',
     'JAX_COMPILATION_CACHE_DIR': str(folder / 'cache'),
-    'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+    'XLA_FLAGS': f'{flags} --xla_force_host_platform_device_count={devices}',
   }
   if devices > 1:
-    args += ('--devices', str(devices), '--model-devices', '2')
-  command = [sys.executable, '-c', BY_COLUMNS, *args]
+    more = ('--devices', str(devices), '--model-devices', '2')
+    commands = [(*args, *more) for args in commands]
+  command = [sys.executable, '-c', BY_COLUMNS, json.dumps(commands)]
   done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
-  return done, {path.name for path in (folder / 'cache').glob('*-cache')}
+  assert done.returncode == 0, done.stderr
+  lines = [line.split()[1:] for line in done.stderr.splitlines() if line.startswith('kept: ')]
+  assert len(lines) == len(commands)
+  return done.stdout, *({name for name in line if name.endswith('-cache')} for line in lines)
 
 
 @pytest.mark.parametrize('devices', [1, 4])
@@ -52,22 +69,20 @@ def test_generate_compiles_nothing_after_compile(tmp_path, devices):
     weights.write_bytes(b'')
   # Over 2 groups of devices a batch of 3 is filled up to 4.
   sizes, num_compiled = ('2,4', 2) if devices == 1 else ('3,4', 1)
-  done, compiled = run(tmp_path, devices, 'compile', 'model', '--batch-sizes', sizes, *SETTINGS)
-  assert done.returncode == 0, done.stderr
-  assert done.stdout.count('decoder') == num_compiled
-  assert str(tmp_path / 'cache') in done.stdout
+  compile_model = ('compile', 'model', '--batch-sizes', sizes, *SETTINGS)
+  said, compiled = run(tmp_path, devices, compile_model)
+  assert said.count('decoder') == num_compiled
+  assert str(tmp_path / 'cache') in said
   assert len(compiled) > 10
   for weights in (tmp_path / 'model').glob('*.aside'):
     weights.rename(weights.with_suffix('.safetensors'))
   (tmp_path / 'prompts.txt').write_text('\n'.join(TEXTS))
   prompts = ('--prompts', 'prompts.txt') if devices == 1 else TEXTS
-  arguments = ('generate', *prompts, '--model', 'model', *SETTINGS)
-  done, after = run(tmp_path, devices, *arguments)
-  assert done.returncode == 0, done.stderr
+  generate = ('generate', *prompts, '--model', 'model', *SETTINGS)
+  # What needs other programs does compile them: the first comparison can fail.
+  others = (*generate, '--prior-sampler', 'ddim', '--out', 'other')
+  _, after, more = run(tmp_path, devices, generate, others)
   assert after == compiled
-  # What needs other programs does compile them: the comparison above can fail.
-  done, more = run(tmp_path, devices, *arguments, '--prior-sampler', 'ddim', '--out', 'other')
-  assert done.returncode == 0, done.stderr
   assert more > compiled
 
 

@@ -21,11 +21,7 @@ from unclip_jax.systems.convert import convert
 from unclip_jax.systems.stage_calls import record
 from unclip_jax.types import UnclipError
 
-# The prior is what is looked at: of the rest, programs of few operations.
-AR = override(
-  dataclasses.replace(CONFIG, prior=TINY_AR.prior),
-  ['prior.depth=1', 'decoder.unet.multipliers=[1]', 'decoder.unet.attention_levels=[0]'],
-)
+AR = override(dataclasses.replace(CONFIG, prior=TINY_AR.prior), ['prior.depth=1'])
 DRAW = {'decoder': Sampling(num_steps=2), 'size': 16}
 
 

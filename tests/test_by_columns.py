@@ -5,7 +5,7 @@ import re
 import jax
 import numpy as np
 import pytest
-from tiny_model import CONFIG, TEXTS, levels_apart, load_tiny, make_params
+from tiny_model import CONFIG, TEXTS, levels_apart, make_params, write_tiny_model
 from tiny_stages import CONFIG as STAGES
 from tiny_stages import STATISTICS, keys, make_text, random_params
 
@@ -109,19 +109,20 @@ def test_the_autoregressive_prior_draws_the_same(tmp_path):
 
 
 def test_a_model_is_laid_out_and_its_parameters_are_arrays(tmp_path, monkeypatch):
-  prior = Sampling(num_steps=3)
-  settings = {'prior': prior, 'decoder': prior, 'size': 16}
-  model = load_tiny(tmp_path / 'model')
+  few = Sampling(num_steps=2)
+  settings = {'prior': few, 'decoder': few, 'size': 16}
+  folder = write_tiny_model(tmp_path / 'model')
+  model = unclip_jax.load(folder)
   drawn = model.generate(TEXTS[:2], **settings)
   leaves = jax.tree.leaves(model.params)
   assert all(isinstance(leaf, jax.Array) for leaf in leaves)
   assert kernels(by_columns.view(model.params['prior']))
-  fused = unclip_jax.fuse(model, 2, prior=prior, decoder=prior, size=16)
+  fused = unclip_jax.fuse(model, 2, **settings)
   assert levels_apart(fused.generate(TEXTS[:2]), drawn) <= 1
   write_exported(fused, tmp_path / 'exported')
   assert levels_apart(load_exported(tmp_path / 'exported').generate(TEXTS[:2]), drawn) <= 1
   monkeypatch.setattr(by_columns, 'MIN_SIZE', 2**20)
-  other = load_tiny(tmp_path / 'other')
+  other = unclip_jax.load(folder)
   assert not kernels(by_columns.view(other.params['prior']))
   assert levels_apart(other.generate(TEXTS[:2], **settings), drawn) <= 1
 

@@ -1,7 +1,7 @@
 """Configs that cannot be, and their overrides."""
 
 import pytest
-from tiny_model import CONFIG
+from tiny_model import TWO_LEVELS as CONFIG
 
 from unclip_jax.config_json import override
 from unclip_jax.presets import preset

@@ -26,13 +26,11 @@ SMALL = ['width=24', 'depth=1', 'num_heads=2', 'num_components=5', 'num_buckets=
 SHORT += [f'--set=prior.{each}' for each in SMALL]
 
 
-# Room for whole captions; programs of few operations.
+# Room for whole captions.
 BASE = override(
   CONFIG,
   [
     *(f'{each}.context_length=48' for each in ('clip.text', 'prior', 'decoder.text')),
-    *(f'{each}.unet.multipliers=[1]' for each in ('decoder', 'upsamplers.0')),
-    'decoder.unet.attention_levels=[0]',
     'decoder.sampling.num_steps=2',
     'upsamplers.0.sampling.num_steps=2',
   ],

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 from safetensors.numpy import save_file
-from tiny_model import CONFIG, make_params
+from tiny_model import TWO_LEVELS, make_params
 
 from unclip_jax.nn.clip import TextFeatures
 from unclip_jax.nn.prior import PriorNetwork
@@ -14,12 +14,12 @@ from unclip_jax.train.lora import init_lora, merge_lora
 from unclip_jax.types import UnclipError
 from unclip_jax.weights.lora import load_lora, save_lora
 
-PRIOR = CONFIG.prior
+PRIOR = TWO_LEVELS.prior
 
 
 @pytest.fixture(scope='module')
 def params():
-  return jax.tree.map(jnp.asarray, make_params()['prior']['network'])
+  return jax.tree.map(jnp.asarray, make_params(TWO_LEVELS)['prior']['network'])
 
 
 def draw(adapters, seed=0):
@@ -37,7 +37,7 @@ def test_adapters_are_of_the_attention_and_change_nothing_at_first(params):
   assert adapters['blocks.block_0.qkv']['a'].shape == (PRIOR.width, 3)
   assert adapters['blocks.block_0.qkv']['b'].shape == (3, 3 * PRIOR.width)
   jax.tree.map(np.testing.assert_array_equal, merge_lora(params, adapters), params)
-  decoder = init_lora(make_params()['decoder'], 2, jax.random.key(0))
+  decoder = init_lora(make_params(TWO_LEVELS)['decoder'], 2, jax.random.key(0))
   assert {name.rpartition('.')[2] for name in decoder} == {
     'qkv', 'context_kv', 'out_proj', 'attention_out',
   }  # fmt: skip

@@ -17,8 +17,7 @@ from unclip_jax.train import pca as principal
 
 APPLE, ROCKET, _ = TEXTS
 # Of the decoder, programs of few operations.
-SMALL = override(CONFIG, ['decoder.unet.multipliers=[1]', 'decoder.unet.attention_levels=[0]'])
-AR = dataclasses.replace(SMALL, prior=TINY_AR.prior)
+AR = dataclasses.replace(CONFIG, prior=TINY_AR.prior)
 SIZE = 16  # of the decoder
 ONE, OTHER = pixels(1, 20, 16), pixels(2, 16, 24)
 # Few steps, so that one iteration of the inversion does not do.
@@ -28,7 +27,7 @@ PAINT = Drawing(num_steps=4, size=SIZE)
 
 @pytest.fixture(scope='module')
 def model(tmp_path_factory):
-  return load(write_tiny_model(tmp_path_factory.mktemp('model'), SMALL))
+  return load(write_tiny_model(tmp_path_factory.mktemp('model')))
 
 
 @pytest.fixture(scope='module')

@@ -26,11 +26,6 @@ from unclip_jax.types import UnclipError
 SMALL = override(
   CONFIG,
   [
-    'prior.depth=1',
-    'decoder.unet.multipliers=[1]',
-    'decoder.unet.attention_levels=[0]',
-    'decoder.unet.head_dim=8',
-    'upsamplers.0.unet.multipliers=[1]',
     'prior.sampling.num_steps=2',
     'decoder.sampling.num_steps=2',
     'upsamplers.0.sampling.num_steps=2',

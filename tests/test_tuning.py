@@ -149,7 +149,7 @@ def test_a_fine_tune_takes_config_tokenizer_and_statistics_of_its_model(base, tm
     (['--init=BASE', '--lora=2', '--accumulate=2'], '--lora: adapters see whole batches'),
     (['--init=BASE', '--lora=2', '--init-lora=x'], 'leave --lora and --lora-alpha out'),
     (['--init=BASE', '--init-lora=nothing'], 'there are no adapters nothing'),
-    (['--init=BASE', '--lora=2', '--set=prior.depth=3'], r'it has no prior\.network\..*block_2'),
+    (['--init=BASE', '--lora=2', '--set=prior.depth=3'], r'it has no prior\.network\..*block_1'),
   ],
 )  # fmt: skip
 def test_options_of_adapters_that_make_no_sense_are_named(arguments, message, base, tmp_path):

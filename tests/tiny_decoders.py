@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from tiny_model import CONFIG
+from tiny_model import TWO_LEVELS as CONFIG
 
 from unclip_jax.configs import (
   AutoencoderConfig,

@@ -20,13 +20,25 @@ TEXTS = ('a red apple, flat style', 'a rocket on a blue background', 'two cats b
 
 # Networks that predict v keep the pixels of random weights in the middle of their range, where
 # tests can see what changes.
-CONFIG: UnclipConfig = override(
+TWO_LEVELS: UnclipConfig = override(
   preset('tiny'),
   [
     'clip.text.depth=1',
     'clip.vision.depth=1',
     'decoder.diffusion.prediction=v',
     'upsamplers.0.diffusion.prediction=v',
+  ],
+)
+# Of everything one, but two heads: most of a test's time is compiling, and what the U-Net does at
+# its levels is for the tests of the U-Net, of the stages and of the formats.
+CONFIG: UnclipConfig = override(
+  TWO_LEVELS,
+  [
+    'prior.depth=1',
+    'decoder.unet.multipliers=[1]',
+    'decoder.unet.attention_levels=[0]',
+    'decoder.unet.head_dim=8',
+    'upsamplers.0.unet.multipliers=[1]',
   ],
 )
 
