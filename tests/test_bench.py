@@ -25,16 +25,14 @@ from unclip_jax.types import UnclipError
 from unclip_jax.weights.safetensors import named_leaves
 
 ROOT = Path(__file__).parent.parent
-# One level: programs are compiled more than once here.
-CONFIG = override(
-  preset('tiny'),
-  [
-    'clip.text.depth=1',
-    'decoder.unet.multipliers=[1]',
-    'decoder.unet.attention_levels=[0]',
-    'upsamplers.0.unet.multipliers=[1]',
-  ],
-)
+# Programs are compiled more than once here.
+ONE_LEVEL = [
+  'clip.text.depth=1',
+  'decoder.unet.multipliers=[1]',
+  'decoder.unet.attention_levels=[0]',
+  'upsamplers.0.unet.multipliers=[1]',
+]
+CONFIG = override(preset('tiny'), ONE_LEVEL)
 SMALL_PEAKS = {'_SIDE': {'cpu': 64}, '_BYTES': {'cpu': 2**16}}
 
 
@@ -251,6 +249,8 @@ def test_a_batch_that_two_devices_do_not_divide_is_filled_up(tmp_path):
   code = f"""
 from unclip_jax.measure import peaks
 peaks._SIDE, peaks._BYTES = {SMALL_PEAKS['_SIDE']}, {SMALL_PEAKS['_BYTES']}
+from unclip_jax import config_json, presets
+presets.PRESETS = {{'tiny': config_json.override(presets.TINY, {ONE_LEVEL})}}
 from experiments.bench_sampling import main
 small = ['--preset', 'tiny', '--rounds', '1', '--stages']
 main([*small, *'clip --batch-sizes 3 --devices 1 2'.split(), '--json', {str(path)!r}])
