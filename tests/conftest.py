@@ -18,9 +18,26 @@ jax.config.update('jax_default_matmul_precision', 'highest')
 jax.config.update('jax_disable_most_optimizations', True)
 os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'  # and of the processes that tests start
 
+# The files that take longest, by `--durations`. One of them begun last would keep one worker busy
+# and leave the others with nothing to do.
+LONGEST = (
+  'test_emoji_training',
+  'test_notebooks',
+  'test_stream_training',
+  'test_sharded_sampling',
+  'test_tuning',
+  'test_bench',
+  'test_sharded_training',
+)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-  """What compilers for GPUs make of so small a program is another one: fewer products, say."""
+  """The longest files come first, and tests of programs for CPUs are of no other device.
+
+  What compilers for GPUs make of so small a program is another one: fewer products, say.
+  """
+  rank = {name: i for i, name in enumerate(LONGEST)}
+  items.sort(key=lambda item: rank.get(item.path.stem, len(LONGEST)))
   if jax.default_backend() == 'cpu':
     return
   for item in items:
@@ -33,6 +50,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
   Those that it starts have none of it: one that is killed may leave half of a program.
   """
+  if hasattr(config.option, 'loadscopereorder'):
+    config.option.loadscopereorder = False  # pytest-xdist's own order: files of few tests last
   folder = tempfile.mkdtemp(prefix='unclip_jax_programs_')
   config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
   jax.config.update('jax_compilation_cache_dir', folder)
