@@ -7,11 +7,13 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import jax
 import numpy as np
 from PIL import Image
 from tiny_model import levels_apart
 
 ROOT = Path(__file__).parent.parent
+FLAGS = os.environ.get('XLA_FLAGS', '')  # of conftest.py
 
 
 def free_address() -> str:
@@ -26,7 +28,7 @@ def environment(cache: Path, num_devices: int = 1, level: int = 3, **more: str) 
 
   Code of level 0 is compiled sooner.
   """
-  flags = f'--xla_force_host_platform_device_count={num_devices}'
+  flags = f'{FLAGS} --xla_force_host_platform_device_count={num_devices}'
   return os.environ | {
     'PYTHONPATH': str(ROOT),
     'JAX_PLATFORMS': 'cpu',
@@ -68,11 +70,16 @@ module.{function.__name__}(*sys.argv[1:])
 
 
 def in_a_process(function: Callable[..., None], *arguments: object, num_devices: int = 8) -> None:
-  """Runs a function of a test module where there are so many virtual devices."""
+  """Runs a function of a test module where there are so many virtual devices.
+
+  What such a process has compiled the next one finds.
+  """
   env = os.environ | {
     'JAX_PLATFORMS': 'cpu',
+    'JAX_COMPILATION_CACHE_DIR': jax.config.jax_compilation_cache_dir,
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
     # Code that runs for a moment need not be fast.
-    'XLA_FLAGS': f'--xla_force_host_platform_device_count={num_devices} '
+    'XLA_FLAGS': f'{FLAGS} --xla_force_host_platform_device_count={num_devices} '
     '--xla_backend_optimization_level=0',
   }
   process = start_function(function, *arguments, env=env)
