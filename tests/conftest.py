@@ -17,12 +17,6 @@ jax.config.update('jax_default_matmul_precision', 'highest')
 # Most of a test's time is compiling: without LLVM's passes for fast code it is two thirds of that.
 jax.config.update('jax_disable_most_optimizations', True)
 os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'  # and of the processes that tests start
-# A fifth of the rest are XLA's newer emitters of loops, and parts of a program for cores that other
-# tests keep busy. Only of this version: XLA ends a process at a flag that it does not know.
-if jax.__version_info__[:2] == (0, 10):
-  fewer = '--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1'
-  os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {fewer}'.strip()
-
 # The files that take longest, by `--durations`. One of them begun last would keep one worker busy
 # and leave the others with nothing to do.
 LONGEST = (

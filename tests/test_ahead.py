@@ -44,11 +44,10 @@ def run(folder, devices, *commands):
 
   Returns what they said, and the names of the cache's programs after each.
   """
-  flags = os.environ.get('XLA_FLAGS', '')  # of conftest.py
   env = os.environ | {
     'JAX_PLATFORMS': 'cpu',
     'JAX_COMPILATION_CACHE_DIR': str(folder / 'cache'),
-    'XLA_FLAGS': f'{flags} --xla_force_host_platform_device_count={devices}',
+    'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
   }
   if devices > 1:
     more = ('--devices', str(devices), '--model-devices', '2')
