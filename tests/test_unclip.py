@@ -219,6 +219,11 @@ def test_batches_are_reported_and_handed_over_as_they_are_complete(model):
     for stage in ('clip', 'prior', 'decoder'):
       statuses = [e.status for e in events if (e.stage, e.batch) == (stage, batch)]
       assert statuses == ['preparing', 'sampling', 'done']
+  painted = [event for event in events if event.images is not None]
+  assert [(event.stage, event.status) for event in painted] == [('decoder', 'done')] * 2
+  np.testing.assert_array_equal(
+    np.concatenate([event.images for event in painted]), samples.stage_images[0]
+  )
 
 
 def test_embeddings_of_texts_and_images(model, four):

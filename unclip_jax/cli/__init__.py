@@ -13,6 +13,7 @@ import unclip_jax
 from unclip_jax.cli.bench import bench
 from unclip_jax.cli.compile import compile_ahead
 from unclip_jax.cli.convert import convert
+from unclip_jax.cli.demo import demo
 from unclip_jax.cli.evaluate import evaluate
 from unclip_jax.cli.export import export
 from unclip_jax.cli.generate import generate
@@ -49,6 +50,7 @@ app.command(epilog='Example: unclip-jax pca fox.png owl.png --fit photos --dims 
 app.command(epilog='Example: unclip-jax reconstruct fox.png owl.png --steps 100')(reconstruct)
 app.command(epilog='Example: unclip-jax inpaint fox.png "a fox with a hat" --mask hat.png')(inpaint)
 app.command(epilog='Example: unclip-jax redraw fox.png "a blue fox" --strength 0.5')(redraw)
+app.command(epilog='Example: unclip-jax demo --port 8000')(demo)
 app.command(epilog='Example: unclip-jax info --vocabulary --matching fish --pictures fish.png')(
   info
 )

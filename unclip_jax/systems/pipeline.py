@@ -1,7 +1,7 @@
 """One batch through all stages, without the host waiting in between."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -32,7 +32,8 @@ from unclip_jax.systems.samples import (
 from unclip_jax.systems.settings import StageSettings
 from unclip_jax.types import Array, Params
 
-Report = Callable[[str, Literal['preparing', 'sampling', 'done']], None]
+# (stage, 'preparing', 'sampling' or 'done'), and once done its pictures or None
+Report = Callable[..., None]
 # (program, its arguments, what is static of them by name) -> what it gives
 Runner = Callable[..., Any]
 
@@ -67,7 +68,8 @@ def sample_batch(
     request: of b images.
     dtype: of the networks.
     mesh: the devices that b is spread over, a multiple of their number; None for the default one.
-    report: told of each stage, before it is handed over, after that, and once it has run.
+    report: told of each stage, before it is handed over, after that, and once it has run; then of
+      the pictures that it made, too.
 
   Raises:
     UnclipError: a stage made a NaN; names it.
@@ -300,9 +302,12 @@ class _Run:
 
   def wait(self) -> None:
     """Until all stages have run, telling of each."""
+    painted = 'decoder' if self.config.autoencoder is None else 'autoencoder'
     for name, output in self.finished.items():
       jax.block_until_ready(output)
-      self.report(name, 'done')
+      is_picture = name == painted or name.startswith('upsampler')
+      image = output.x_0 if isinstance(output, Sampled) else output
+      self.report(name, 'done', image if is_picture else None)
 
   def _prior(
     self,

@@ -88,12 +88,15 @@ class Progress(NamedTuple):
     status: 'preparing' while its program is compiled or fetched, 'sampling', 'done'.
     batch: which of the batches, from 0.
     num_batches: how many there are.
+    images: float32 [b, h, w, 3] around [-1, 1], what a stage that paints pictures made of the
+      batch, once it is done. A NaN in them is found, and said, only after the last stage.
   """
 
   stage: str
   status: Literal['preparing', 'sampling', 'done']
   batch: int
   num_batches: int
+  images: np.ndarray | None = None
 
 
 class Request(NamedTuple):

@@ -243,9 +243,11 @@ class Unclip:
     n = len(request.captions)
     num_batches = -(-n // batch_size)
 
-    def report(batch: int, stage: str, status: Any) -> None:
+    def report(batch: int, stage: str, status: Any, image: Any = None) -> None:
       if progress is not None:
-        progress(Progress(stage, status, batch, num_batches))
+        own = min(batch_size, n - batch * batch_size)
+        images = None if image is None else np.asarray(image)[:own]
+        progress(Progress(stage, status, batch, num_batches, images))
 
     parts = []
     for batch in range(num_batches):

@@ -1,0 +1,356 @@
+"""The layout of the page, and the server of it."""
+
+import contextlib
+import html
+import importlib.util
+import json
+import os
+import tempfile
+import threading
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from unclip_jax.demo import limits
+from unclip_jax.demo.gate import Gate
+from unclip_jax.demo.limits import Drawings
+from unclip_jax.demo.work import MOST_IMAGES, STEPS, Shown, Studio
+from unclip_jax.images import save_png, slug
+from unclip_jax.manipulate.rows import BASELINES, NOISES
+from unclip_jax.types import UnclipError
+
+_STORED_SECONDS = 3600  # that a file is kept
+_SESSIONS = 200
+_LARGEST_SEED = 2**32 - 1
+_RANDOM_SEED = '() => Math.floor(Math.random() * 4294967296)'
+# Of the frames of a row the one that the slider is at; the server has no part in it.
+_PICK_FRAME = """(share, frames) =>
+  frames && frames.length ? frames[Math.round(share * (frames.length - 1))].image : null"""
+
+
+@contextlib.contextmanager
+def serve(studio: Studio, host: str, port: int, waiting: int) -> Iterator[str]:
+  """Serves the page while the context lasts; yields its address.
+
+  Args:
+    studio: what draws.
+    host: the address that it is bound to.
+    port: the port.
+    waiting: how many requests may wait at most; one more is told to come back later.
+
+  Raises:
+    UnclipError: Gradio is not installed, or the port is taken.
+  """
+  if importlib.util.find_spec('gradio') is None:
+    raise UnclipError("the page needs Gradio: pip install 'unclip-jax[demo]'")
+  with tempfile.TemporaryDirectory(prefix='unclip_jax_demo_') as folder:
+    # Read as Gradio's components are made, and nowhere else.
+    os.environ['GRADIO_TEMP_DIR'] = folder
+    from gradio.themes import Default
+    from starlette.middleware import Middleware
+
+    page = build(studio)
+    page.queue(max_size=waiting, default_concurrency_limit=1, api_open=False)
+    try:
+      _, url, _ = page.launch(
+        server_name=host,
+        server_port=port,
+        prevent_thread_lock=True,
+        quiet=True,
+        share=False,
+        footer_links=[],
+        run_history=False,
+        enable_monitoring=False,
+        mcp_server=False,
+        pwa=False,
+        ssr_mode=False,
+        max_file_size=limits.MOST_BYTES,
+        state_session_capacity=_SESSIONS,
+        # No fonts from elsewhere.
+        theme=Default(font=['system-ui', 'sans-serif'], font_mono=['ui-monospace', 'monospace']),
+        app_kwargs={
+          'middleware': [Middleware(Gate, folder=folder)],
+          'openapi_url': None,
+        },
+      )
+    except OSError as error:
+      raise UnclipError(f'the port {port} of {host} cannot be had: take another --port') from error
+    try:
+      yield url
+    finally:
+      page.close(verbose=False)
+
+
+def build(studio: Studio) -> Any:
+  """The page, a `gradio.Blocks`."""
+  import gradio as gr
+
+  with gr.Blocks(
+    title='unclip_jax',
+    analytics_enabled=False,
+    delete_cache=(_STORED_SECONDS // 6, _STORED_SECONDS),
+  ) as page:
+    gr.Markdown(f'# unclip_jax\nThe model `{html.escape(studio.name)}`, {studio.sizes[-1]} px.')
+    for name, tab in _TABS.items():
+      with gr.Tab(name), gr.Row():
+        tab(studio)
+  return page
+
+
+def _generate(studio: Studio) -> None:
+  import gradio as gr
+
+  with gr.Column():
+    prompt = _text('Prompt', 'a red apple, flat style')
+    negative = _text('Negative prompt', '', 'what is not to be seen')
+    n, seed = _count(), _seed()
+    with gr.Accordion('Settings', open=False):
+      steps = _steps()
+      own = studio.model.config.decoder.sampling.guidance_scale
+      guidance = gr.Slider(1, 10, own, step=0.1, label='Guidance scale')
+      size = gr.Dropdown(list(studio.sizes), value=studio.sizes[-1], label='Size, pixels')
+    button, stop = gr.Button('Generate', variant='primary'), gr.Button('Stop')
+  asked = [prompt, negative, n, seed, steps, guidance, size]
+  event = _connect(button, studio.generate, asked, also=[prompt.submit])
+  stop.click(None, cancels=event, api_visibility='private')
+
+
+def _variations(studio: Studio) -> None:
+  import gradio as gr
+
+  with gr.Column():
+    picture = _picture('Picture')
+    eta = gr.Slider(0, 1, 1, step=0.05, label='Freedom: 0 gives the picture back')
+    n, seed, steps = _count(), _seed(), _steps()
+    button = gr.Button('Vary', variant='primary')
+  _connect(button, studio.variations, [picture, n, eta, seed, steps])
+
+
+def _interpolate(studio: Studio) -> None:
+  import gradio as gr
+
+  with gr.Column():
+    with gr.Row():
+      one, other = _picture('First picture'), _picture('Second picture')
+    noise = gr.Radio(
+      list(NOISES), value=NOISES[0], label='Noise (inverted: the ends are the pictures)'
+    )
+    seed, steps = _seed(), _steps()
+    button = gr.Button('Interpolate', variant='primary')
+  _connect(button, studio.interpolate, [one, other, noise, seed, steps], 'From first to second')
+
+
+def _text_diff(studio: Studio) -> None:
+  import gradio as gr
+
+  with gr.Column():
+    picture = _picture('Picture')
+    source = _text('What it shows', '', 'a flat cat')
+    target = _text('What it is to show', '', 'a 3D cat')
+    theta = gr.Slider(0.05, 1, 0.5, step=0.05, label='How far the last frame is turned')
+    baseline = gr.Radio(list(BASELINES), value=BASELINES[0], label='Told from')
+    seed, steps = _seed(), _steps()
+    button = gr.Button('Turn', variant='primary')
+  asked = [picture, source, target, theta, baseline, seed, steps]
+  _connect(button, studio.text_diff, asked, 'From the picture to the text')
+
+
+def _inpaint(studio: Studio) -> None:
+  import gradio as gr
+
+  with gr.Column():
+    drawing = _drawing()
+    prompt = _text('Prompt', '', 'what the whole is to show')
+    n, seed, steps = _count(), _seed(), _steps()
+    button = gr.Button('Paint', variant='primary')
+  _connect(button, studio.inpaint, [drawing, prompt, n, seed, steps])
+
+
+_TABS: dict[str, Callable[[Studio], None]] = {
+  'Generate': _generate,
+  'Variations': _variations,
+  'Interpolation': _interpolate,
+  'Text diff': _text_diff,
+  'Inpainting': _inpaint,
+}
+
+
+def _text(label: str, value: str, placeholder: str = '') -> Any:
+  import gradio as gr
+
+  return gr.Textbox(
+    value, label=label, placeholder=placeholder, max_length=limits.MOST_CHARACTERS, max_lines=4
+  )
+
+
+def _count() -> Any:
+  import gradio as gr
+
+  return gr.Slider(1, MOST_IMAGES, 1, step=1, label='How many')
+
+
+def _seed() -> Any:
+  import gradio as gr
+
+  with gr.Row():
+    seed = gr.Number(0, label='Seed', precision=0, minimum=0, maximum=_LARGEST_SEED, scale=3)
+    dice = gr.Button('Another seed', scale=1, min_width=80)
+  dice.click(None, None, seed, js=_RANDOM_SEED, api_visibility='private')
+  return seed
+
+
+def _steps() -> Any:
+  import gradio as gr
+
+  choices = [('as usual' if steps is None else str(steps), steps) for steps in STEPS]
+  return gr.Dropdown(choices, value=None, label='Denoising steps')
+
+
+def _picture(label: str) -> Any:
+  """A place for a picture; what is drawn of it is given its file, which is not decoded before."""
+  import gradio as gr
+
+  place = gr.Image(
+    type='filepath', sources=['upload', 'clipboard'], label=label, height=240, buttons=[]
+  )
+  place.preprocess = lambda payload: None if payload is None else payload.path
+  return place
+
+
+def _drawing() -> Any:
+  """A place for a picture that is painted on; what is drawn of it is given the files.
+
+  Gradio's own would keep all that comes, and decode it at once.
+  """
+  import gradio as gr
+  from fastapi import HTTPException
+  from gradio.components.base import server
+
+  place = gr.ImageEditor(
+    type='filepath',
+    sources=['upload', 'clipboard'],
+    label='Picture: paint over what is to be drawn anew',
+    brush=gr.Brush(colors=['#e03131'], color_mode='fixed'),
+    layers=False,
+    transforms=[],
+    buttons=[],
+    height=420,
+  )
+  drawings = Drawings()
+
+  def accept(data: Any) -> None:
+    try:
+      about, files = data.data, data.files
+      drawings.put(about.get('id'), about.get('type'), about.get('index'), files[0][1])
+    except (IndexError, UnclipError) as error:
+      raise HTTPException(400, str(error)) from error
+
+  place.accept_blobs = server(accept)
+  place.preprocess = lambda payload: None if payload is None else drawings.take(payload.id)
+  return place
+
+
+def _connect(
+  button: Any,
+  method: Callable[..., Iterator[Shown]],
+  asked: list[Any],
+  slider_label: str | None = None,
+  also: list[Any] | None = None,
+) -> Any:
+  """The right half of a tab: what is drawn, as the button is pressed.
+
+  Args:
+    button: that one.
+    method: of a `Studio`.
+    asked: the components that its arguments come from.
+    slider_label: of a slider through the pictures; None for no slider.
+    also: other events that have the same effect.
+
+  Returns:
+    The event, which may be cancelled.
+  """
+  import gradio as gr
+
+  with gr.Column():
+    frame = slider = None
+    if slider_label is not None:
+      frame = gr.Image(label='Frame', interactive=False, height=360, format='png')
+      slider = gr.Slider(0, 1, 0, step=0.01, label=slider_label)
+    gallery = gr.Gallery(
+      label='Pictures',
+      columns=2 if slider is None else 5,
+      height=480 if slider is None else 200,
+      object_fit='contain',
+      format='png',
+      interactive=False,
+      buttons=['download', 'fullscreen'],
+    )
+    line = gr.Markdown()
+    files = gr.DownloadButton('Download all', interactive=False)
+  event = gr.on(
+    [button.click, *(also or [])],
+    _handler(method),
+    asked,
+    [gallery, line, files],
+    concurrency_id='draw',
+    concurrency_limit=1,
+    show_progress_on=gallery,
+    api_visibility='private',
+  )
+  if slider is not None:
+    places = {'inputs': [slider, gallery], 'outputs': frame, 'api_visibility': 'private'}
+    event.success(None, js=_PICK_FRAME, **places)
+    slider.change(None, js=_PICK_FRAME, **places)
+  return event
+
+
+def _handler(method: Callable[..., Iterator[Shown]]) -> Callable[..., Iterator[Any]]:
+  """What Gradio calls: it is given files, and told of mistakes in its own way."""
+  import gradio as gr
+
+  def draw(*asked: Any) -> Iterator[Any]:
+    # Gradio copies the files of each look before it asks for the next.
+    with tempfile.TemporaryDirectory() as folder:
+      try:
+        for number, shown in enumerate(method(*asked)):
+          place = Path(folder, str(number))
+          place.mkdir()
+          yield _write(shown, place)
+      except UnclipError as error:
+        raise gr.Error(html.escape(str(error)), title='', print_exception=False) from error
+
+  return draw
+
+
+def _write(shown: Shown, folder: Path) -> tuple[Any, Any, Any]:
+  """The gallery, the line below it and the download."""
+  import gradio as gr
+
+  about = None if shown.about is None else json.dumps(shown.about, indent=2, ensure_ascii=False)
+  name = 'look' if shown.about is None else slug(_title(shown.about))
+  text = {} if about is None else {'settings': about}
+  paths = []
+  for i, image in enumerate(shown.images):
+    paths.append(folder / f'{name}-{i:02d}.png')
+    save_png(paths[-1], image, text)
+  captions = shown.captions or [None] * len(paths)
+  gallery = [(str(path), caption) for path, caption in zip(paths, captions, strict=True)]
+  if about is None:
+    return gallery, shown.line, gr.DownloadButton(interactive=False)
+  archive = folder / f'{name}.zip'
+  with zipfile.ZipFile(archive, 'w') as file:
+    for path in paths:
+      file.write(path, path.name)
+    file.writestr(f'{name}.json', about + '\n')
+  return gallery, shown.line, gr.DownloadButton(value=str(archive), interactive=True)
+
+
+def _title(about: dict[str, Any]) -> str:
+  return ' '.join(filter(None, [about['command'], about.get('prompt'), about.get('target')]))
+
+
+def wait() -> None:
+  """Until Ctrl-C."""
+  with contextlib.suppress(KeyboardInterrupt):
+    threading.Event().wait()
