@@ -14,7 +14,7 @@ from tiny_model import TEXTS, load_tiny, without, write_tiny_model
 from unclip_jax import UnclipError, manipulate
 from unclip_jax.demo import limits, page
 from unclip_jax.demo.gate import Gate
-from unclip_jax.demo.limits import Drawing, Drawings
+from unclip_jax.demo.limits import Drawing
 from unclip_jax.demo.work import DIFF_FRAMES, FRAMES, MOST_IMAGES, Studio
 from unclip_jax.manipulate import Drawing as How
 from unclip_jax.systems import programs
@@ -43,15 +43,18 @@ def files(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def drawing():
+def drawing(tmp_path_factory):
   """A picture of 80×60 pixels with its middle painted on."""
   layer = np.zeros((60, 80, 4), np.uint8)
   layer[20:40, 30:50] = 224, 49, 49, 255
-  return Drawing(encoded(pixels(3, 60, 80)), (encoded(layer, 'WEBP', lossless=True),))
+  folder = tmp_path_factory.mktemp('drawing')
+  (folder / 'picture').write_bytes(encoded(pixels(3, 60, 80)))
+  (folder / 'layer').write_bytes(encoded(layer))
+  return Drawing(str(folder / 'picture'), (str(folder / 'layer'),))
 
 
 def generate(studio, prompt=APPLE, n=3, **changes):
-  asked = {'negative': '', 'seed': 7, 'steps': None, 'guidance': None, 'size': studio.sizes[-1]}
+  asked = {'negative': '', 'seed': 7, 'steps': 0, 'guidance': None, 'size': studio.sizes[-1]}
   asked |= changes
   return studio.generate(
     prompt, asked['negative'], n, *(asked[name] for name in ('seed', 'steps', 'guidance', 'size'))
@@ -141,17 +144,17 @@ def test_rows_are_those_of_the_functions(studio, model, files, drawing):
 @pytest.mark.parametrize(
   ('tab', 'asked', 'message'),
   [
-    ('generate', ('', '', 1, 0, None, None, 32), 'the prompt is empty'),
-    ('generate', ('a' * 401, '', 1, 0, None, None, 32), 'the prompt has 401 characters'),
-    ('generate', ('a', 'b' * 401, 1, 0, None, None, 32), 'the negative prompt has 401'),
-    ('generate', (5, '', 1, 0, None, None, 32), 'the prompt must be text'),
-    ('generate', ('a\x00b', '', 1, 0, None, None, 32), 'the control character U+0000'),
-    ('generate', ('a', '', 5, 0, None, None, 32), 'the number of pictures is 5'),
-    ('generate', ('a', '', 1, -1, None, None, 32), 'the seed is -1'),
-    ('generate', ('a', '', 1, None, None, None, 32), 'the seed must be a whole number'),
+    ('generate', ('', '', 1, 0, 0, None, 32), 'the prompt is empty'),
+    ('generate', ('a' * 401, '', 1, 0, 0, None, 32), 'the prompt has 401 characters'),
+    ('generate', ('a', 'b' * 401, 1, 0, 0, None, 32), 'the negative prompt has 401'),
+    ('generate', (5, '', 1, 0, 0, None, 32), 'the prompt must be text'),
+    ('generate', ('a\x00b', '', 1, 0, 0, None, 32), 'the control character U+0000'),
+    ('generate', ('a', '', 5, 0, 0, None, 32), 'the number of pictures is 5'),
+    ('generate', ('a', '', 1, -1, 0, None, 32), 'the seed is -1'),
+    ('generate', ('a', '', 1, None, 0, None, 32), 'the seed must be a whole number'),
     ('generate', ('a', '', 1, 0, 11, None, 32), 'the number of steps cannot be 11'),
-    ('generate', ('a', '', 1, 0, None, float('nan'), 32), 'guidance scale'),
-    ('generate', ('a', '', 1, 0, None, None, 33), 'the size cannot be 33'),
+    ('generate', ('a', '', 1, 0, 0, float('nan'), 32), 'guidance scale'),
+    ('generate', ('a', '', 1, 0, 0, None, 33), 'the size cannot be 33'),
     ('variations', (None, 1, 1.0, 0, STEPS), 'there is no picture: put one in'),
     ('variations', ('ONE', 1, 1.5, 0, STEPS), 'eta is 1.5'),
     ('interpolate', ('ONE', None, 'inverted', 0, STEPS), 'there is no second picture'),
@@ -238,50 +241,31 @@ def test_a_drawing_has_a_mask_where_it_was_painted(drawing):
   np.testing.assert_array_equal(is_painted, expected)
 
 
-def test_drawings_that_are_not_whole_are_refused(drawing):
-  background, (layer,) = drawing
-  empty = encoded(np.zeros((60, 80, 4), np.uint8))
-  aside = np.zeros((60, 80, 4), np.uint8)
+def test_drawings_that_are_not_whole_are_refused(drawing, tmp_path):
+  picture, (layer,) = drawing
+
+  def file(content):
+    path = tmp_path / str(len(list(tmp_path.iterdir())))
+    path.write_bytes(encoded(content) if isinstance(content, np.ndarray) else content)
+    return str(path)
+
+  empty, aside = np.zeros((2, 60, 80, 4), np.uint8)
   aside[:, :5] = 255
-  refused = {
-    'there is no picture': Drawing(None, (layer,)),
-    'nothing is painted': Drawing(background, (empty,)),
-    'in the middle square': Drawing(background, (encoded(aside),)),
-    'nothing is painted in': Drawing(background, ()),
-    'not of the size': Drawing(encoded(pixels(3, 60, 60)), (layer,)),
-    'painted layer is no file': Drawing(background, (b'layer',)),
-    'painted layer is damaged': Drawing(background, (layer[: len(layer) // 2],)),
-    'was painted is damaged': Drawing(background, (encoded(aside)[:-30],)),
-    'million pixels': Drawing(header_of(60_000, 60_000), (layer,)),
-    'larger than 10 MB': Drawing(bytes(limits.MOST_BYTES + 1), (layer,)),
-  }
-  for message, given in refused.items():
+  refused = [
+    ('there is no picture', Drawing(None, (layer,))),
+    ('nothing is painted', Drawing(picture, ())),
+    ('nothing is painted', Drawing(picture, (file(empty),))),
+    ('in the middle square', Drawing(picture, (file(aside),))),
+    ('not of the size', Drawing(file(pixels(3, 60, 60)), (layer,))),
+    ('painted layer is no file', Drawing(picture, (file(b'layer'),))),
+    ('was painted is damaged', Drawing(picture, (file(encoded(aside)[:-30]),))),
+    ('million pixels', Drawing(file(header_of(60_000, 60_000)), (layer,))),
+    ('larger than 10 MB', Drawing(file(bytes(limits.MOST_BYTES + 1)), (layer,))),
+    ('5 layers', Drawing(picture, (layer,) * 5)),
+  ]
+  for message, given in refused:
     with pytest.raises(UnclipError, match=message):
       limits.read_drawing(given, SIDE)
-
-
-def test_drawings_are_kept_for_a_while_and_few_of_them():
-  drawings = Drawings()
-  drawings.put('mine', 'background', 'null', b'picture')
-  drawings.put('mine', 'layer', '1', b'second')
-  drawings.put('mine', 'layer', '0', b'first')
-  drawings.put('mine', 'composite', 'null', b'both')
-  assert drawings.take('mine') == Drawing(b'picture', (b'first', b'second'))
-  assert drawings.take('mine') is None and drawings.take(None) is None
-  for name in range(1000):
-    drawings.put(str(name), 'background', None, b'picture')
-  assert len(drawings) < 50 and drawings.take('999') is not None
-  for part in [
-    ('mine', 'layer', '1000000000', b''),
-    ('mine', 'layer', None, b''),
-    ('mine', 'sound', '0', b''),
-    (None, 'background', None, b''),
-    ('m' * 65, 'background', None, b''),
-    ('mine', 'background', None, bytes(limits.MOST_BYTES + 1)),
-  ]:
-    with pytest.raises(UnclipError):
-      drawings.put(*part)
-  assert drawings.take('mine') is None
 
 
 def ask(gate, method, path, body=b'', length=None):
@@ -329,7 +313,13 @@ def test_the_gate_lets_through_what_the_page_needs_and_nothing_else(gate, tmp_pa
   refused += ['/gradio_api/token', '/gradio_api/deep_link', '/login', '/gradio_api/stream/1']
   assert [path for path in through if ask(gate, 'GET', path) != 200] == []
   assert [path for path in refused if ask(gate, 'GET', path) != 404] == []
-  for path in ('run/predict', 'api/predict', 'call/predict', 'process_recording', 'vibe-edit'):
+  for path in (
+    'run/predict',
+    'api/predict',
+    'call/predict',
+    'process_recording',
+    'component_server',
+  ):
     assert ask(gate, 'POST', f'/gradio_api/{path}', b'{}') == 404
   assert ask(gate, 'PUT', '/gradio_api/upload', b'{}') == 404
   assert ask(gate, 'POST', '/gradio_api/upload', b'picture') == 200

@@ -27,7 +27,7 @@ _READ = re.compile(
   rf'|{_API}(theme\.css|info/?|app_id/?|startup-events|queue/data|upload_progress|login_check/?'
   r'|heartbeat/[\w-]+|file=.*)'
 )
-_WRITTEN = re.compile(rf'{_API}(queue/join|upload|component_server|cancel|reset)/?')
+_WRITTEN = re.compile(rf'{_API}(queue/join|upload|cancel|reset)/?')
 _FILE = f'{_API}file='
 
 
@@ -55,7 +55,7 @@ class Gate:
     path = scope['path'].rstrip('/')
     if scope['method'] != 'POST' or not _WRITTEN.fullmatch(path):
       return await _answer(send, 404, 'there is no such page')
-    has_file = path.endswith(('upload', 'component_server'))
+    has_file = path.endswith('upload')
     most = MOST_BYTES + _MOST_AROUND if has_file else _MOST_ASKED
     length = dict(scope['headers']).get(b'content-length', b'')
     if not length.isdigit():
@@ -63,7 +63,7 @@ class Gate:
     if len(length) > len(str(most)) or int(length) > most:
       return await _answer(send, 413, f'this is larger than the {most:,} bytes that are taken')
     if has_file:
-      if path.endswith('upload') and _stored(self._folder) > MOST_STORED:
+      if _stored(self._folder) > MOST_STORED:
         return await _answer(send, 503, 'too much is stored here: try again in an hour')
       return await self._app(scope, receive, send)
     body = await _read(receive, int(length))

@@ -4,11 +4,8 @@ Pictures are looked at before they are decoded, and brought to one size afterwar
 would be another program.
 """
 
-import io
 import os
-import threading
 import warnings
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import IO, Any, NamedTuple
 
@@ -23,7 +20,6 @@ MOST_PIXELS = 2**24
 MOST_CHARACTERS = 400  # of a prompt
 # What people have. Others of Pillow's formats start programs, or are old code that few look at.
 FORMATS = ('BMP', 'GIF', 'JPEG', 'PNG', 'TIFF', 'WEBP')
-_MOST_DRAWINGS = 16
 _MOST_LAYERS = 4
 _OPAQUE = 128  # of 255: what a brush covers at least half
 
@@ -36,8 +32,8 @@ class Drawing(NamedTuple):
     layers: files of what was painted on it, transparent where nothing was.
   """
 
-  background: bytes | None
-  layers: tuple[bytes, ...]
+  background: str | None
+  layers: tuple[str, ...]
 
 
 def read_picture(
@@ -56,11 +52,7 @@ def read_picture(
   Raises:
     UnclipError: there is none, or it is no picture, damaged, or too large; it is not decoded then.
   """
-  if path is None:
-    raise UnclipError(f'there is no {what}: put one in')
-  if os.path.getsize(path) > MOST_BYTES:
-    raise UnclipError(f'the {what} is larger than {MOST_BYTES // 2**20} MB: take a smaller file')
-  with open(path, 'rb') as file:
+  with _open(path, what) as file:
     return _read(file, side, what)
 
 
@@ -72,16 +64,17 @@ def read_drawing(drawing: Drawing | None, side: int) -> tuple[np.ndarray, np.nda
   """
   if drawing is None or drawing.background is None:
     raise UnclipError('there is no picture: put one in, and paint on it')
-  for content in (drawing.background, *drawing.layers):
-    if len(content) > MOST_BYTES:
-      raise UnclipError(f'the picture is larger than {MOST_BYTES // 2**20} MB: take a smaller one')
-  picture = _read(io.BytesIO(drawing.background), side, 'picture')
-  size = _check_header(io.BytesIO(drawing.background), 'picture')
+  if len(drawing.layers) > _MOST_LAYERS:
+    raise UnclipError(f'the picture has {len(drawing.layers)} layers: take at most {_MOST_LAYERS}')
+  with _open(drawing.background, 'picture') as file:
+    size = _check_header(file, 'picture')
+    picture = _read(file, side, 'picture')
   is_painted = np.zeros((side, side), bool)
-  for content in drawing.layers:
-    if _check_header(io.BytesIO(content), 'painted layer') != size:
-      raise UnclipError('what was painted is not of the size of the picture: paint it again')
-    is_painted |= _opaque(io.BytesIO(content), side)
+  for path in drawing.layers:
+    with _open(path, 'painted layer') as file:
+      if _check_header(file, 'painted layer') != size:
+        raise UnclipError('what was painted is not of the size of the picture: paint it again')
+      is_painted |= _opaque(file, side)
   if not is_painted.any():
     raise UnclipError(
       'nothing is painted in the middle square of the picture: paint over what is to be drawn anew'
@@ -116,55 +109,12 @@ def caption(text: object, what: str = 'the prompt') -> str:
   return ' '.join(text.split())
 
 
-class Drawings:
-  """What browsers have handed over of drawings that are not yet asked for: a few, the last ones.
-
-  Gradio's own store grows with each, and with each number of a layer that somebody makes up.
-  """
-
-  def __init__(self) -> None:
-    self._parts: OrderedDict[str, dict[str, bytes]] = OrderedDict()
-    self._lock = threading.Lock()
-
-  def put(self, name: object, kind: object, index: object, content: object) -> None:
-    """Keeps a part.
-
-    Args:
-      name: of the drawing, which the browser makes up.
-      kind: 'background', 'layer', or 'composite', which is not kept.
-      index: of a layer.
-      content: the file.
-
-    Raises:
-      UnclipError: it is none of these, or too large.
-    """
-    is_layer = kind == 'layer' and str(index) in map(str, range(_MOST_LAYERS))
-    if not isinstance(name, str) or len(name) > 64 or not isinstance(content, bytes):
-      raise UnclipError('this is no part of a drawing')
-    if len(content) > MOST_BYTES:
-      raise UnclipError(f'a part of the drawing is larger than {MOST_BYTES // 2**20} MB')
-    if kind == 'composite':
-      return
-    if kind != 'background' and not is_layer:
-      raise UnclipError(f'a drawing has a background and at most {_MOST_LAYERS} layers')
-    with self._lock:
-      parts = self._parts.setdefault(name, {})
-      self._parts.move_to_end(name)
-      parts['background' if kind == 'background' else f'layer {index}'] = content
-      while len(self._parts) > _MOST_DRAWINGS:
-        self._parts.popitem(last=False)
-
-  def take(self, name: object) -> Drawing | None:
-    """A drawing, which is gone then; None where there is none of that name, or no longer."""
-    with self._lock:
-      parts = self._parts.pop(name, None) if isinstance(name, str) else None
-    if parts is None:
-      return None
-    background = parts.pop('background', None)
-    return Drawing(background, tuple(parts[name] for name in sorted(parts)))
-
-  def __len__(self) -> int:
-    return len(self._parts)
+def _open(path: os.PathLike[str] | str | None, what: str) -> IO[bytes]:
+  if path is None:
+    raise UnclipError(f'there is no {what}: put one in')
+  if os.path.getsize(path) > MOST_BYTES:
+    raise UnclipError(f'the {what} is larger than {MOST_BYTES // 2**20} MB: take a smaller file')
+  return open(path, 'rb')
 
 
 def _read(file: IO[bytes], side: int, what: str) -> np.ndarray:
@@ -209,6 +159,7 @@ def _too_large(what: str) -> UnclipError:
 
 def _opaque(file: IO[bytes], side: int) -> np.ndarray:
   """The middle square of where a picture is opaque, bool [side, side]."""
+  file.seek(0)
   try:
     alpha = Image.open(file, formats=FORMATS).convert('RGBA').getchannel('A')
   except Exception as error:  # of as many types as there are formats

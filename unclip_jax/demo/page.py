@@ -14,7 +14,7 @@ from typing import Any
 
 from unclip_jax.demo import limits
 from unclip_jax.demo.gate import Gate
-from unclip_jax.demo.limits import Drawings
+from unclip_jax.demo.limits import Drawing
 from unclip_jax.demo.work import MOST_IMAGES, STEPS, Shown, Studio
 from unclip_jax.images import save_png, slug
 from unclip_jax.manipulate.rows import BASELINES, NOISES
@@ -24,6 +24,8 @@ _STORED_SECONDS = 3600  # that a file is kept
 _SESSIONS = 200
 _LARGEST_SEED = 2**32 - 1
 _RANDOM_SEED = '() => Math.floor(Math.random() * 4294967296)'
+# Small pictures as large as there is room.
+_CSS = '.frame .image-frame img { width: 100%; height: 100%; object-fit: contain; }'
 # Of the frames of a row the one that the slider is at; the server has no part in it.
 _PICK_FRAME = """(share, frames) =>
   frames && frames.length ? frames[Math.round(share * (frames.length - 1))].image : null"""
@@ -65,6 +67,7 @@ def serve(studio: Studio, host: str, port: int, waiting: int) -> Iterator[str]:
         mcp_server=False,
         pwa=False,
         ssr_mode=False,
+        css=_CSS,
         max_file_size=limits.MOST_BYTES,
         state_session_capacity=_SESSIONS,
         # No fonts from elsewhere.
@@ -110,7 +113,9 @@ def _generate(studio: Studio) -> None:
       own = studio.model.config.decoder.sampling.guidance_scale
       guidance = gr.Slider(1, 10, own, step=0.1, label='Guidance scale')
       size = gr.Dropdown(list(studio.sizes), value=studio.sizes[-1], label='Size, pixels')
-    button, stop = gr.Button('Generate', variant='primary'), gr.Button('Stop')
+    with gr.Row():
+      button = gr.Button('Generate', variant='primary', scale=3)
+      stop = gr.Button('Stop', scale=1, min_width=80)
   asked = [prompt, negative, n, seed, steps, guidance, size]
   event = _connect(button, studio.generate, asked, also=[prompt.submit])
   stop.click(None, cancels=event, api_visibility='private')
@@ -195,7 +200,7 @@ def _seed() -> Any:
 
   with gr.Row():
     seed = gr.Number(0, label='Seed', precision=0, minimum=0, maximum=_LARGEST_SEED, scale=3)
-    dice = gr.Button('Another seed', scale=1, min_width=80)
+    dice = gr.Button('Random', scale=1, min_width=80)
   dice.click(None, None, seed, js=_RANDOM_SEED, api_visibility='private')
   return seed
 
@@ -203,8 +208,8 @@ def _seed() -> Any:
 def _steps() -> Any:
   import gradio as gr
 
-  choices = [('as usual' if steps is None else str(steps), steps) for steps in STEPS]
-  return gr.Dropdown(choices, value=None, label='Denoising steps')
+  choices = [(str(steps) if steps else 'as usual', steps) for steps in STEPS]
+  return gr.Dropdown(choices, value=STEPS[0], label='Denoising steps')
 
 
 def _picture(label: str) -> Any:
@@ -219,35 +224,27 @@ def _picture(label: str) -> Any:
 
 
 def _drawing() -> Any:
-  """A place for a picture that is painted on; what is drawn of it is given the files.
-
-  Gradio's own would keep all that comes, and decode it at once.
-  """
+  """A place for a picture that is painted on; what is drawn of it is given the files."""
   import gradio as gr
-  from fastapi import HTTPException
-  from gradio.components.base import server
 
   place = gr.ImageEditor(
     type='filepath',
     sources=['upload', 'clipboard'],
-    label='Picture: paint over what is to be drawn anew',
+    label='Paint over it',
     brush=gr.Brush(colors=['#e03131'], color_mode='fixed'),
     layers=False,
     transforms=[],
     buttons=[],
     height=420,
   )
-  drawings = Drawings()
 
-  def accept(data: Any) -> None:
-    try:
-      about, files = data.data, data.files
-      drawings.put(about.get('id'), about.get('type'), about.get('index'), files[0][1])
-    except (IndexError, UnclipError) as error:
-      raise HTTPException(400, str(error)) from error
+  def files(payload: Any) -> Drawing | None:
+    if payload is None:
+      return None
+    background = None if payload.background is None else payload.background.path
+    return Drawing(background, tuple(layer.path for layer in payload.layers))
 
-  place.accept_blobs = server(accept)
-  place.preprocess = lambda payload: None if payload is None else drawings.take(payload.id)
+  place.preprocess = files
   return place
 
 
@@ -275,12 +272,19 @@ def _connect(
   with gr.Column():
     frame = slider = None
     if slider_label is not None:
-      frame = gr.Image(label='Frame', interactive=False, height=360, format='png')
+      frame = gr.Image(
+        label='Frame',
+        interactive=False,
+        height=360,
+        format='png',
+        buttons=['download', 'fullscreen'],
+        elem_classes='frame',
+      )
       slider = gr.Slider(0, 1, 0, step=0.01, label=slider_label)
     gallery = gr.Gallery(
       label='Pictures',
-      columns=2 if slider is None else 5,
-      height=480 if slider is None else 200,
+      columns=2 if slider is None else 4,
+      height=480 if slider is None else None,
       object_fit='contain',
       format='png',
       interactive=False,

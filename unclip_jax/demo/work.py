@@ -28,7 +28,7 @@ from unclip_jax.systems.settings import Sampling
 from unclip_jax.systems.unclip import Unclip
 from unclip_jax.terminal import memory_errors
 
-STEPS = (None, 10, 25, 50, 100)  # of the decoder; None as the model or the manipulation has it
+STEPS = (0, 10, 25, 50, 100)  # of the decoder; 0 is as the model or the manipulation has it
 MOST_IMAGES = 4
 FRAMES = 9  # of an interpolation, both ends among them
 DIFF_FRAMES = 7  # of a text diff, the picture itself the first
@@ -122,7 +122,7 @@ class Studio:
     negative = limits.caption(negative_prompt or '', 'the negative prompt') or None
     n = settings.check_count('the number of pictures', n, 1, MOST_IMAGES)
     seed = settings.check_seed(seed)
-    steps = limits.choice(steps, STEPS, 'the number of steps')
+    steps = limits.choice(steps, STEPS, 'the number of steps') or None
     size = limits.choice(size, self.sizes, 'the size')
 
     def draw(tell: Callable[[Shown], None]) -> Shown:
@@ -305,7 +305,7 @@ def _recorded() -> Iterator[list[warnings.WarningMessage]]:
 
 
 def _how(seed: object, steps: object) -> manipulate.Drawing:
-  steps = limits.choice(steps, STEPS, 'the number of steps')
+  steps = limits.choice(steps, STEPS, 'the number of steps') or None
   return manipulate.Drawing(steps, seed=settings.check_seed(seed))
 
 

@@ -1,0 +1,70 @@
+"""The page as people start it, with the embedded model, and Chromium (Debian's)."""
+
+import contextlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from playwright.sync_api import sync_playwright
+from processes import free_address
+from served_page import WAITING, Page
+
+
+@pytest.fixture(scope='session')
+def page(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('server')
+  port = free_address().rpartition(':')[2]
+  # Compiled as for people, as most of the time is drawing here.
+  env = {name: os.environ[name] for name in os.environ if 'OPTIMIZATIONS' not in name}
+  env['JAX_COMPILATION_CACHE_DIR'] = str(folder / 'programs')
+  command = [sys.executable, '-m', 'unclip_jax', 'demo', '--port', port, '--waiting', str(WAITING)]
+  with contextlib.ExitStack() as stack:
+    errors = stack.enter_context(open(folder / 'errors', 'w+'))
+    process = stack.enter_context(
+      subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=errors, text=True)
+    )
+    stack.callback(process.kill)
+    line = process.stdout.readline()
+    found = re.match(r'the page is at (http://127\.0\.0\.1:\d+/) ', line)
+    assert found, Path(folder / 'errors').read_text()
+    yield Page(found[1], process.pid)
+    process.terminate()
+    assert 'Traceback' not in Path(folder / 'errors').read_text()
+
+
+@pytest.fixture(scope='session')
+def browser():
+  with sync_playwright() as playwright:
+    path = shutil.which('chromium')
+    assert path, 'there is no Chromium: apt-get install chromium'
+    chromium = playwright.chromium.launch(executable_path=path, args=['--no-sandbox'])
+    yield chromium
+    chromium.close()
+
+
+@pytest.fixture(scope='session')
+def shots(tmp_path_factory):
+  """Where screenshots go: UNCLIP_JAX_SHOTS, for who wants to look at them."""
+  folder = os.environ.get('UNCLIP_JAX_SHOTS')
+  if folder is None:
+    return tmp_path_factory.mktemp('shots')
+  Path(folder).mkdir(parents=True, exist_ok=True)
+  return Path(folder)
+
+
+@pytest.fixture(scope='session')
+def pictures(page, tmp_path_factory):
+  """Files of two pictures that the model drew."""
+  folder = tmp_path_factory.mktemp('pictures')
+  paths = []
+  for prompt in ('a red apple, flat style', 'a rocket on a blue background'):
+    status, answer = page.generate(prompt)
+    assert status == 200 and answer['success'], answer
+    paths.append(folder / f'{len(paths)}.png')
+    Image.fromarray(page.pixels(answer)[0]).save(paths[-1])
+  return paths

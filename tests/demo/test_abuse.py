@@ -1,0 +1,109 @@
+"""More than the page can do, and what it is not for; afterwards it draws as before."""
+
+import collections
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from broken_pictures import damaged, none
+from made_pictures import encoded, pixels
+from served_page import WAITING
+
+from unclip_jax.demo.limits import MOST_BYTES
+
+APPLE = 'a red apple, flat style'
+
+
+@pytest.fixture(scope='module')
+def before(page):
+  status, answer = page.generate(APPLE, 7)
+  assert status == 200 and answer['success'], answer
+  return page.pixels(answer)
+
+
+def assert_draws_as(page, before):
+  status, answer = page.generate(APPLE, 7)
+  assert status == 200 and answer['success']
+  np.testing.assert_array_equal(page.pixels(answer), before)
+
+
+def test_fifty_at_once_are_answered_or_turned_away(page, before):
+  with ThreadPoolExecutor(50) as pool:
+    answers = list(pool.map(lambda i: page.generate(APPLE, i), range(50)))
+  counts = collections.Counter(status for status, _ in answers)
+  assert counts.keys() == {200, 503} and counts[200] >= WAITING, counts
+  for i, (status, answer) in enumerate(answers):
+    if status == 503:
+      assert 'Queue is full' in answer['detail']
+    else:
+      assert answer['success'] and page.pixels(answer).shape == before.shape, i
+  assert_draws_as(page, before)
+
+
+def test_a_thousand_broken_files_leave_it_as_it_was(page, before):
+  files = [*none().values(), *damaged(1000 - len(none()), seed=1)]
+  assert len(files) == 1000
+  told = collections.Counter()
+
+  def give(i, content):
+    if not content:  # a browser sends none
+      return
+    place = page.put(content)
+    if i % 2:
+      drawing = {'background': place, 'layers': [place], 'composite': None, 'id': None}
+      status, answer = page.ask('Paint', drawing, APPLE, 1, 0, 10)
+    else:
+      # Where it can be read, the second one is missing.
+      status, answer = page.ask('Interpolate', place, None, 'inverted', 0, 10)
+    assert status == 200
+    told[answer['output'].get('error') if not answer['success'] else 'drawn'] += 1
+
+  for i, content in enumerate(files[:100]):
+    give(i, content)
+  memory = page.memory()
+  for i, content in enumerate(files[100:]):
+    give(i, content)
+  print(f'{memory:,} KiB before, {page.memory():,} KiB after;', told)
+  assert None not in told and all('/' not in str(message) for message in told)
+  assert page.memory() < 1.1 * memory
+  assert page.get('').status_code == 200
+  assert_draws_as(page, before)
+
+
+def test_files_of_the_server_cannot_be_read(page, pictures):
+  here = Path(__file__).resolve()
+  paths = [
+    '/etc/passwd',
+    str(here),
+    'setup.cfg',
+    os.path.relpath(here),
+    f'/proc/{os.getpid()}/environ',
+  ]
+  paths += ['//etc/passwd', '%2Fetc%2Fpasswd', '/etc/../etc/passwd', 'file:///etc/passwd']
+  kept = page.put(encoded(pixels(1)))['path']
+  assert page.get(f'gradio_api/file={kept}').content == encoded(pixels(1))
+  up = '/..' * kept.count('/')
+  paths += [f'{kept}/{up}/etc/passwd', f'{Path(kept).parent}{up}/etc/passwd']
+  for path in paths:
+    for quoted in (path, path.replace('..', '%2e%2e'), path.replace('/', '%2F')):
+      assert page.get(f'gradio_api/file={quoted}').status_code in (403, 404), quoted
+  for path in paths:
+    place = {'path': path, 'meta': {'_type': 'gradio.FileData'}}
+    status, _ = page.ask('Vary', place, 1, 1.0, 0, 10)
+    assert status == 400, path
+  for name in ('/etc/passwd', '../../../etc/passwd', '..'):
+    kept = page.put(encoded(pixels(1)), name)['path']
+    assert page.get(f'gradio_api/file={kept}').content == encoded(pixels(1))
+
+
+def test_what_is_too_large_is_refused(page):
+  with pytest.raises((httpx.HTTPStatusError, httpx.NetworkError)):
+    page.put(bytes(MOST_BYTES + 2**20))
+  status, _ = page.ask('Generate', 'a' * 2**17, '', 1, 0, 10, 2, 128)
+  assert status == 413
+  status, answer = page.ask('Generate', 'a' * 1000, '', 1, 0, 10, 2, 128)
+  assert status == 200 and not answer['success']
+  assert 'take at most' in answer['output']['error']
