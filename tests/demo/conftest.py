@@ -21,7 +21,7 @@ def page(tmp_path_factory):
   port = free_address().rpartition(':')[2]
   # Compiled as for people, as most of the time is drawing here.
   env = {name: os.environ[name] for name in os.environ if 'OPTIMIZATIONS' not in name}
-  env['JAX_COMPILATION_CACHE_DIR'] = str(folder / 'programs')
+  env.setdefault('JAX_COMPILATION_CACHE_DIR', str(folder / 'programs'))
   command = [sys.executable, '-m', 'unclip_jax', 'demo', '--port', port, '--waiting', str(WAITING)]
   with contextlib.ExitStack() as stack:
     errors = stack.enter_context(open(folder / 'errors', 'w+'))

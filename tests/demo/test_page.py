@@ -7,13 +7,14 @@ to the folder UNCLIP_JAX_SHOTS, if that is set.
 import io
 import json
 import zipfile
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 
 import numpy as np
 import pytest
 from broken_pictures import none
 from PIL import Image
 from playwright.sync_api import expect
-from served_page import SECONDS
+from served_page import SECONDS, WAITING
 
 
 @pytest.fixture
@@ -163,3 +164,32 @@ def test_a_file_that_is_no_picture_is_told_of(tab, shots, name, message, tmp_pat
   expect(shown.get_by_text(message)).to_be_visible()
   shown.wait_for_timeout(500)  # it comes in slowly
   shown.screenshot(path=shots / f'refused-{name}.png')
+
+
+def test_who_comes_when_too_many_wait_is_told_so(tab, shots, page):
+  shown, place = tab('Generate')
+  with ThreadPoolExecutor(WAITING + 3) as pool:
+    asked = ('Generate', 'a rocket', '', 4, 0, 10, 2, 128)
+    others = [pool.submit(page.ask, *asked) for _ in range(WAITING + 3)]
+    wait(others, return_when=FIRST_COMPLETED)  # that one was turned away
+    place.get_by_role('button', name='Generate').click()
+    expect(shown.get_by_text('currently busy')).to_be_visible()
+    shown.wait_for_timeout(500)  # it comes in slowly
+    shown.screenshot(path=shots / 'busy.png')
+  assert {other.result()[0] for other in others} == {200, 503}
+
+
+def test_who_stops_waits_no_longer_and_can_go_on(tab, shots):
+  shown, place = tab('Generate')
+  set_slider(place, 'How many', 4)
+  place.get_by_role('button', name='Generate').click()
+  expect(place.get_by_text('batch 1 of 4')).to_be_visible(timeout=SECONDS * 1000)
+  place.get_by_role('button', name='Stop').click()
+  shown.wait_for_timeout(2000)
+  before = place.inner_text()
+  assert 'drawn.' not in before
+  shown.wait_for_timeout(2000)
+  assert place.inner_text() == before
+  set_slider(place, 'How many', 1)
+  place.get_by_role('button', name='Generate').click()
+  drawn(place, 1)

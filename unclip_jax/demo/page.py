@@ -21,7 +21,7 @@ from unclip_jax.manipulate.rows import BASELINES, NOISES
 from unclip_jax.types import UnclipError
 
 _STORED_SECONDS = 3600  # that a file is kept
-_SESSIONS = 200
+_SESSIONS = 50  # whose settings are remembered; nothing depends on them
 _LARGEST_SEED = 2**32 - 1
 _RANDOM_SEED = '() => Math.floor(Math.random() * 4294967296)'
 # Small pictures as large as there is room.

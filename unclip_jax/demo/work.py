@@ -133,8 +133,8 @@ class Studio:
         if event.images is not None:
           seen[:] = list(_to_uint8(event.images))
         which = f', batch {event.batch + 1} of {event.num_batches}' if event.num_batches > 1 else ''
-        name = event.stage.replace('_', ' ')
-        tell(Shown([*complete, *seen], f'The {name} {_WORDS[event.status]}{which}.'))
+        name = 'CLIP' if event.stage == 'clip' else f'The {event.stage.replace("_", " ")}'
+        tell(Shown([*complete, *seen], f'{name} {_WORDS[event.status]}{which}.'))
 
       def keep(samples: Samples) -> None:
         complete.extend(samples.images)
