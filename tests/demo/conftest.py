@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,27 +15,36 @@ from playwright.sync_api import sync_playwright
 from processes import free_address
 from served_page import WAITING, Page
 
+COMMAND = [sys.executable, '-m', 'unclip_jax', 'demo', '--waiting', str(WAITING)]
+
 
 @pytest.fixture(scope='session')
 def page(tmp_path_factory):
   folder = tmp_path_factory.mktemp('server')
+  (folder / 'tmp').mkdir()
   port = free_address().rpartition(':')[2]
   # Compiled as for people, as most of the time is drawing here.
   env = {name: os.environ[name] for name in os.environ if 'OPTIMIZATIONS' not in name}
   env.setdefault('JAX_COMPILATION_CACHE_DIR', str(folder / 'programs'))
-  command = [sys.executable, '-m', 'unclip_jax', 'demo', '--port', port, '--waiting', str(WAITING)]
+  env['TMPDIR'] = str(folder / 'tmp')
   with contextlib.ExitStack() as stack:
-    errors = stack.enter_context(open(folder / 'errors', 'w+'))
+    errors = stack.enter_context(open(folder / 'errors', 'w'))
     process = stack.enter_context(
-      subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=errors, text=True)
+      subprocess.Popen(
+        [*COMMAND, '--port', port], env=env, stdout=subprocess.PIPE, stderr=errors, text=True
+      )
     )
     stack.callback(process.kill)
     line = process.stdout.readline()
     found = re.match(r'the page is at (http://127\.0\.0\.1:\d+/) ', line)
-    assert found, Path(folder / 'errors').read_text()
-    yield Page(found[1], process.pid)
-    process.terminate()
-    assert 'Traceback' not in Path(folder / 'errors').read_text()
+    assert found, (folder / 'errors').read_text()
+    with contextlib.closing(Page(found[1], process.pid)) as page:
+      yield page
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 0
+    assert 'Traceback' not in (folder / 'errors').read_text()
+    # All that people put in is gone.
+    assert list((folder / 'tmp').glob('unclip_jax_demo_*')) == []
 
 
 @pytest.fixture(scope='session')

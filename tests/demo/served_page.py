@@ -34,6 +34,9 @@ class Page:
       if event == 'click' and call['backend_fn']
     }
 
+  def close(self) -> None:
+    self._client.close()
+
   def get(self, path: str) -> httpx.Response:
     return self._client.get(path)
 

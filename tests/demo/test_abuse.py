@@ -2,6 +2,8 @@
 
 import collections
 import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -75,7 +77,7 @@ def test_a_thousand_broken_files_leave_it_as_it_was(page, before):
   assert_draws_as(page, before)
 
 
-def test_files_of_the_server_cannot_be_read(page, pictures):
+def test_files_of_the_server_cannot_be_read(page):
   here = Path(__file__).resolve()
   paths = [
     '/etc/passwd',
@@ -109,3 +111,19 @@ def test_what_is_too_large_is_refused(page):
   status, answer = page.ask('Generate', 'a' * 1000, '', 1, 0, 10, 2, 128)
   assert status == 200 and not answer['success']
   assert 'take at most' in answer['output']['error']
+
+
+def test_it_is_bound_to_this_machine_alone_and_its_port_is_its_own(page):
+  port = page.url.rstrip('/').rpartition(':')[2]
+  listening = [
+    fields[1]
+    for table in ('/proc/net/tcp', '/proc/net/tcp6')
+    for fields in map(str.split, Path(table).read_text().splitlines()[1:])
+    if fields[3] == '0A' and fields[1].endswith(f':{int(port):04X}')
+  ]
+  assert listening == [f'0100007F:{int(port):04X}']
+  other = subprocess.run(
+    [sys.executable, '-m', 'unclip_jax', 'demo', '--port', port], capture_output=True, text=True
+  )
+  assert other.returncode == 1 and other.stdout == ''
+  assert other.stderr.splitlines()[-1].endswith('cannot be had: take another --port')
