@@ -324,6 +324,13 @@ def test_the_gate_lets_through_what_the_page_needs_and_nothing_else(gate, tmp_pa
     assert ask(gate, 'POST', f'/gradio_api/{path}', b'{}') == 404
   assert ask(gate, 'PUT', '/gradio_api/upload', b'{}') == 404
   assert ask(gate, 'POST', '/gradio_api/upload', b'picture') == 200
+  closed = []
+
+  async def send(message):
+    closed.append(message['type'])
+
+  asyncio.run(gate({'type': 'websocket', 'path': '/'}, None, send))
+  assert closed == ['websocket.close']
 
 
 def test_the_gate_takes_small_requests_that_name_files_of_the_page(gate, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """`unclip-jax demo`: a page to play with."""
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -51,7 +52,9 @@ def demo(
   from unclip_jax.terminal import use_cache
 
   use_cache(cache)
-  studio = Studio(unclip_jax.load(model, dtype, devices, prior=prior_model), model, batch_size)
+  loaded = unclip_jax.load(model, dtype, devices, prior=prior_model)
+  # Where it lies is nobody's business.
+  studio = Studio(loaded, Path(model).name, batch_size)
   with serve(studio, host, port, waiting) as url:
     if host not in _HERE:
       print('unclip-jax: warning: all who reach this machine can use the page', file=sys.stderr)

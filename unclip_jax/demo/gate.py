@@ -47,7 +47,7 @@ class Gate:
     if scope['type'] == 'lifespan':
       return await self._app(scope, receive, send)
     if scope['type'] != 'http':
-      return None  # the page has no other
+      return await send({'type': 'websocket.close'})  # of which the page has none
     if scope['method'] in ('GET', 'HEAD'):
       if not self._may_read(scope['path']):
         return await _answer(send, 404, 'there is no such page')

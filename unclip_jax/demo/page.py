@@ -47,7 +47,7 @@ def serve(studio: Studio, host: str, port: int, waiting: int) -> Iterator[str]:
   if importlib.util.find_spec('gradio') is None:
     raise UnclipError("the page needs Gradio: pip install 'unclip-jax[demo]'")
   with tempfile.TemporaryDirectory(prefix='unclip_jax_demo_') as folder:
-    # Read as Gradio's components are made, and nowhere else.
+    # Where Gradio keeps files; there is no other way to tell it.
     os.environ['GRADIO_TEMP_DIR'] = folder
     from gradio.themes import Default
     from starlette.middleware import Middleware
