@@ -221,6 +221,27 @@ def test_a_large_file_is_not_opened(tmp_path):
     read(tmp_path / 'picture.png')
 
 
+def test_a_file_is_read_as_what_its_header_says(tmp_path, monkeypatch):
+  """A file may be of two formats, of which one alone was looked at."""
+  (tmp_path / 'picture').write_bytes(whole()['TIFF'])
+  asked = []
+
+  def watched(file, formats=None):
+    asked.append(formats)
+    return open_picture(file, formats=formats)
+
+  open_picture = Image.open
+  monkeypatch.setattr(Image, 'open', watched)
+  read(tmp_path / 'picture')
+  assert asked == [limits.FORMATS] * 2
+
+
+def test_a_file_that_is_gone_is_asked_for_again(tmp_path):
+  for path in (tmp_path / 'picture', tmp_path):
+    with pytest.raises(UnclipError, match='no longer kept here'):
+      read(path)
+
+
 def test_damaged_files_are_read_or_refused(tmp_path):
   results = {'read': 0, 'refused': 0}
   for content in damaged(300):
@@ -341,7 +362,7 @@ def test_the_gate_takes_small_requests_that_name_files_of_the_page(gate, tmp_pat
     return json.dumps({'data': data, 'fn_index': 0}).encode()
 
   assert ask(gate, 'POST', join, asked('a', 1, None, {'path': kept, 'meta': {}})) == 200
-  for path in (secret, 'http://127.0.0.1/', '/etc/passwd', 5, ['a']):
+  for path in (secret, 'http://127.0.0.1/', '/etc/passwd', '\0', '\ud800', 5, ['a']):
     assert ask(gate, 'POST', join, asked({'path': path, 'meta': {}})) == 400
     assert ask(gate, 'POST', join, asked([{'background': {'path': path}}])) == 400
   for body in (b'', b'{', b'\xff', b'[' * 60_000):

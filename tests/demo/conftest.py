@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import expect, sync_playwright
 from processes import free_address
-from served_page import WAITING, Page
+from served_page import SECONDS, WAITING, Page
 
 COMMAND = [sys.executable, '-m', 'unclip_jax', 'demo', '--waiting', str(WAITING)]
 
@@ -55,6 +55,27 @@ def browser():
     chromium = playwright.chromium.launch(executable_path=path, args=['--no-sandbox'])
     yield chromium
     chromium.close()
+
+
+@pytest.fixture
+def tab(page, browser):
+  """Opens the page at a tab; gives the page in the browser, and that tab."""
+  contexts = []
+
+  def open_at(name):
+    context = browser.new_context(viewport={'width': 1200, 'height': 1000})
+    contexts.append(context)
+    shown = context.new_page()
+    shown.set_default_timeout(SECONDS * 1000)
+    shown.goto(page.url)
+    shown.get_by_role('tab', name=name).click()
+    place = shown.get_by_role('tabpanel').filter(visible=True)
+    expect(place).to_have_count(1)
+    return shown, place
+
+  yield open_at
+  for context in contexts:
+    context.close()
 
 
 @pytest.fixture(scope='session')

@@ -66,8 +66,8 @@ class Page:
           return 200, message
     raise AssertionError('the page left a request without an answer')
 
-  def generate(self, prompt: str, seed: int = 0) -> tuple[int, dict]:
-    return self.ask('Generate', prompt, '', 1, seed, 10, 2, 128)
+  def generate(self, prompt: str, seed: int = 0, n: int = 1) -> tuple[int, dict]:
+    return self.ask('Generate', prompt, '', n, seed, 10, 2, 128)
 
   def pixels(self, answer: dict) -> np.ndarray:
     """The pictures that were drawn, uint8 [n, h, w, 3]."""

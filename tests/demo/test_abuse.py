@@ -1,10 +1,13 @@
-"""More than the page can do, and what it is not for; afterwards it draws as before."""
+"""More than the page can do, and what it is not for; afterwards it draws as before.
+
+Asked for by name, as test_page is.
+"""
 
 import collections
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import httpx
@@ -12,6 +15,7 @@ import numpy as np
 import pytest
 from broken_pictures import damaged, none
 from made_pictures import encoded, pixels
+from playwright.sync_api import expect
 from served_page import WAITING
 
 from unclip_jax.demo.limits import MOST_BYTES
@@ -32,16 +36,23 @@ def assert_draws_as(page, before):
   np.testing.assert_array_equal(page.pixels(answer), before)
 
 
-def test_fifty_at_once_are_answered_or_turned_away(page, before):
+def test_fifty_at_once_are_answered_or_turned_away(page, before, tab, shots):
+  shown, place = tab('Generate')
   with ThreadPoolExecutor(50) as pool:
-    answers = list(pool.map(lambda i: page.generate(APPLE, i), range(50)))
+    asked = [pool.submit(page.generate, APPLE, i, n=3) for i in range(50)]
+    wait(asked, return_when=FIRST_COMPLETED)  # that one was turned away
+    place.get_by_role('button', name='Generate').click()
+    expect(shown.get_by_text('currently busy')).to_be_visible()
+    shown.wait_for_timeout(500)  # it comes in slowly
+    shown.screenshot(path=shots / 'busy.png')
+    answers = [one.result() for one in asked]
   counts = collections.Counter(status for status, _ in answers)
   assert counts.keys() == {200, 503} and counts[200] >= WAITING, counts
   for i, (status, answer) in enumerate(answers):
     if status == 503:
       assert 'Queue is full' in answer['detail']
     else:
-      assert answer['success'] and page.pixels(answer).shape == before.shape, i
+      assert answer['success'] and page.pixels(answer).shape == (3, *before.shape[1:]), i
   assert_draws_as(page, before)
 
 
@@ -104,7 +115,7 @@ def test_files_of_the_server_cannot_be_read(page):
 
 
 def test_what_is_too_large_is_refused(page):
-  with pytest.raises((httpx.HTTPStatusError, httpx.NetworkError)):
+  with pytest.raises((httpx.HTTPStatusError, httpx.NetworkError, httpx.RemoteProtocolError)):
     page.put(bytes(MOST_BYTES + 2**20))
   status, _ = page.ask('Generate', 'a' * 2**17, '', 1, 0, 10, 2, 128)
   assert status == 413

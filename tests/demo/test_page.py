@@ -5,37 +5,24 @@ to the folder UNCLIP_JAX_SHOTS, if that is set.
 """
 
 import io
+import itertools
 import json
 import zipfile
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 
 import numpy as np
 import pytest
 from broken_pictures import none
 from PIL import Image
 from playwright.sync_api import expect
-from served_page import SECONDS, WAITING
+from served_page import SECONDS
 
-
-@pytest.fixture
-def tab(page, browser):
-  """Opens the page at a tab; gives the page in the browser, and that tab."""
-  contexts = []
-
-  def open_at(name):
-    context = browser.new_context(viewport={'width': 1200, 'height': 1000})
-    contexts.append(context)
-    shown = context.new_page()
-    shown.set_default_timeout(SECONDS * 1000)
-    shown.goto(page.url)
-    shown.get_by_role('tab', name=name).click()
-    place = shown.get_by_role('tabpanel').filter(visible=True)
-    expect(place).to_have_count(1)
-    return shown, place
-
-  yield open_at
-  for context in contexts:
-    context.close()
+# Keeps the widths of all pictures that were ever shown, in their order.
+KEEP_WIDTHS = """() => {
+  window.widths = []
+  const keep = (event) => event.target.tagName === 'IMG' &&
+    window.widths.push(event.target.naturalWidth)
+  document.addEventListener('load', keep, true)
+}"""
 
 
 def set_slider(place, label, value):
@@ -62,18 +49,16 @@ def test_generate(tab, shots, page):
   set_slider(place, 'How many', 2)
   place.get_by_role('button', name='Random').click()
   seed = int(place.get_by_label('Seed').input_value())
+  shown.evaluate(KEEP_WIDTHS)
   place.get_by_role('button', name='Generate').click()
-  seen = set()
-  images = place.locator('.grid-container img, .gallery-item img')
-  while not place.get_by_text('2 drawn.').is_visible():
-    widths = images.evaluate_all('all => all.map(one => one.naturalWidth)')
-    if seen.isdisjoint([tuple(widths)]):
-      shown.screenshot(path=shots / f'generate-{len(seen)}.png')
-    seen.add(tuple(widths))
-    shown.wait_for_timeout(50)
-  # The decoder's pictures, small, and then those of the upsampler.
-  assert any(32 in widths for widths in seen) and any(128 in widths for widths in seen)
+  shown.wait_for_function('window.widths.includes(32)')
+  shown.screenshot(path=shots / 'generate-decoder.png')
+  shown.wait_for_function('window.widths.includes(128)')
+  shown.screenshot(path=shots / 'generate-upsampler.png')
   addresses = drawn(place, 2)
+  # The decoder's pictures, small, and then those of the upsampler.
+  widths = [width for width, _ in itertools.groupby(shown.evaluate('window.widths'))]
+  assert widths[:4] == [32, 128] * 2 and widths[-1] == 128, widths
   shown.screenshot(path=shots / 'generate.png')
   with shown.expect_download() as download:
     place.get_by_role('button', name='Download all').click()
@@ -164,19 +149,6 @@ def test_a_file_that_is_no_picture_is_told_of(tab, shots, name, message, tmp_pat
   expect(shown.get_by_text(message)).to_be_visible()
   shown.wait_for_timeout(500)  # it comes in slowly
   shown.screenshot(path=shots / f'refused-{name}.png')
-
-
-def test_who_comes_when_too_many_wait_is_told_so(tab, shots, page):
-  shown, place = tab('Generate')
-  with ThreadPoolExecutor(WAITING + 3) as pool:
-    asked = ('Generate', 'a rocket', '', 4, 0, 10, 2, 128)
-    others = [pool.submit(page.ask, *asked) for _ in range(WAITING + 3)]
-    wait(others, return_when=FIRST_COMPLETED)  # that one was turned away
-    place.get_by_role('button', name='Generate').click()
-    expect(shown.get_by_text('currently busy')).to_be_visible()
-    shown.wait_for_timeout(500)  # it comes in slowly
-    shown.screenshot(path=shots / 'busy.png')
-  assert {other.result()[0] for other in others} == {200, 503}
 
 
 def test_who_stops_waits_no_longer_and_can_go_on(tab, shots):

@@ -54,7 +54,7 @@ def demo(
   use_cache(cache)
   loaded = unclip_jax.load(model, dtype, devices, prior=prior_model)
   # Where it lies is nobody's business.
-  studio = Studio(loaded, Path(model).name, batch_size)
+  studio = Studio(loaded, Path(model).name or model, batch_size)
   with serve(studio, host, port, waiting) as url:
     if host not in _HERE:
       print('unclip-jax: warning: all who reach this machine can use the page', file=sys.stderr)

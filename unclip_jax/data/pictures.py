@@ -6,6 +6,7 @@ comes from a generator that is given.
 
 import dataclasses
 import io
+from collections.abc import Sequence
 from typing import IO, NamedTuple
 
 import numpy as np
@@ -115,19 +116,22 @@ def make_picture(
   return Picture(pixels, degradations.bsr_degrade(pixels, config.bsr_factor, seed))
 
 
-def open_rgb(file: IO[bytes], short_side: int | None = None) -> Image.Image:
+def open_rgb(
+  file: IO[bytes], short_side: int | None = None, formats: Sequence[str] | None = None
+) -> Image.Image:
   """A picture of any mode as RGB: turned as its EXIF says, transparency on white.
 
   Args:
     file: an open picture file.
     short_side: what it will be reduced to. A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where
       this leaves twice as many pixels or more, which takes a fraction of the time.
+    formats: of Pillow's, which the file is read as one of; None for any.
 
   Raises:
     Image.DecompressionBombError: it has more pixels than Pillow takes for safe.
     Exception: of many types, where the file is damaged or no picture.
   """
-  image = Image.open(file)
+  image = Image.open(file, formats=formats)
   if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
     # Pillow itself only warns, up to twice as many.
     raise Image.DecompressionBombError(

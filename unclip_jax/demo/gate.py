@@ -78,9 +78,12 @@ class Gate:
 
   def _is_own(self, path: object) -> bool:
     """Whether a file is one of those that people have put in, or were given."""
-    if not isinstance(path, str) or '\0' in path:
+    if not isinstance(path, str):
       return False
-    return os.path.realpath(path).startswith(self._folder + os.sep)
+    try:
+      return os.path.realpath(path).startswith(self._folder + os.sep)
+    except ValueError:  # of characters that no name has
+      return False
 
   def _names_own_files(self, body: bytes) -> bool:
     """Whether a request is JSON in which each path is of a file that was put in before."""

@@ -112,6 +112,8 @@ def caption(text: object, what: str = 'the prompt') -> str:
 def _open(path: os.PathLike[str] | str | None, what: str) -> IO[bytes]:
   if path is None:
     raise UnclipError(f'there is no {what}: put one in')
+  if not os.path.isfile(path):
+    raise UnclipError(f'the {what} is no longer kept here: put it in again')
   if os.path.getsize(path) > MOST_BYTES:
     raise UnclipError(f'the {what} is larger than {MOST_BYTES // 2**20} MB: take a smaller file')
   return open(path, 'rb')
@@ -124,7 +126,7 @@ def _read(file: IO[bytes], side: int, what: str) -> np.ndarray:
     with warnings.catch_warnings():
       # Of odd metadata and the like, in which nobody is interested.
       warnings.simplefilter('ignore')
-      image = open_rgb(file, side)
+      image = open_rgb(file, side, FORMATS)  # as what its header was read
   except Exception as error:  # of as many types as there are formats
     raise UnclipError(f'the {what} is damaged: save it anew, or take another one') from error
   draw = np.random.default_rng(0)  # nothing is random of a crop in the middle
@@ -153,7 +155,7 @@ def _check_header(file: IO[bytes], what: str) -> tuple[int, int]:
 
 def _too_large(what: str) -> UnclipError:
   return UnclipError(
-    f'the {what} has more than {MOST_PIXELS / 1e6:.0f} million pixels: make it smaller'
+    f'the {what} has more than {MOST_PIXELS / 1e6:.1f} million pixels: make it smaller'
   )
 
 

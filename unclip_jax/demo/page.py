@@ -111,7 +111,7 @@ def _generate(studio: Studio) -> None:
     with gr.Accordion('Settings', open=False):
       steps = _steps()
       own = studio.model.config.decoder.sampling.guidance_scale
-      guidance = gr.Slider(1, 10, own, step=0.1, label='Guidance scale')
+      guidance = gr.Slider(1, max(10, own), own, step=0.1, label='Guidance scale')
       size = gr.Dropdown(list(studio.sizes), value=studio.sizes[-1], label='Size, pixels')
     with gr.Row():
       button = gr.Button('Generate', variant='primary', scale=3)
@@ -322,7 +322,9 @@ def _handler(method: Callable[..., Iterator[Shown]]) -> Callable[..., Iterator[A
           place.mkdir()
           yield _write(shown, place)
       except UnclipError as error:
-        raise gr.Error(html.escape(str(error)), title='', print_exception=False) from error
+        line = html.escape(str(error))
+        told = f'{line[:1].upper()}{line[1:]}.'
+        raise gr.Error(told, title='Nothing was drawn', print_exception=False) from error
 
   return draw
 
