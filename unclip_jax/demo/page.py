@@ -17,7 +17,7 @@ from unclip_jax.demo.gate import Gate
 from unclip_jax.demo.limits import Drawing
 from unclip_jax.demo.work import MOST_IMAGES, STEPS, Shown, Studio
 from unclip_jax.images import save_png, slug
-from unclip_jax.manipulate.rows import BASELINES, NOISES
+from unclip_jax.manipulate.rows import BASELINES, DUMMY, NOISES
 from unclip_jax.types import UnclipError
 
 _STORED_SECONDS = 3600  # that a file is kept
@@ -153,8 +153,11 @@ def _text_diff(studio: Studio) -> None:
     picture = _picture('Picture')
     source = _text('What it shows', '', 'a flat cat')
     target = _text('What it is to show', '', 'a 3D cat')
-    theta = gr.Slider(0.05, 1, 0.5, step=0.05, label='How far the last frame is turned')
-    baseline = gr.Radio(list(BASELINES), value=BASELINES[0], label='Told from')
+    theta = gr.Slider(0.05, 1, 0.5, step=0.05, label='How far the last frame is turned (theta)')
+    words = ('what it shows', f'"{DUMMY}"', 'nothing')
+    baseline = gr.Radio(
+      list(zip(words, BASELINES, strict=True)), value=BASELINES[0], label='Turned away from'
+    )
     seed, steps = _seed(), _steps()
     button = gr.Button('Turn', variant='primary')
   asked = [picture, source, target, theta, baseline, seed, steps]
@@ -231,7 +234,7 @@ def _drawing() -> Any:
     type='filepath',
     sources=['upload', 'clipboard'],
     label='Paint over it',
-    brush=gr.Brush(colors=['#e03131'], color_mode='fixed'),
+    brush=gr.Brush(colors=['#7048e8'], color_mode='fixed'),
     layers=False,
     transforms=[],
     buttons=[],
@@ -275,7 +278,7 @@ def _connect(
       frame = gr.Image(
         label='Frame',
         interactive=False,
-        height=360,
+        height=320,
         format='png',
         buttons=['download', 'fullscreen'],
         elem_classes='frame',
@@ -283,6 +286,7 @@ def _connect(
       slider = gr.Slider(0, 1, 0, step=0.01, label=slider_label)
     gallery = gr.Gallery(
       label='Pictures',
+      show_label=False,  # it would hide a corner of the first one
       columns=2 if slider is None else 4,
       height=480 if slider is None else None,
       object_fit='contain',

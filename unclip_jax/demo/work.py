@@ -310,7 +310,7 @@ def _how(seed: object, steps: object) -> manipulate.Drawing:
 
 
 def _thetas(row: Row) -> list[str]:
-  return [f'theta {theta:.3g}' for theta in row.measured['theta']]
+  return [f'{theta:.3g}' for theta in row.measured['theta']]
 
 
 def _to_uint8(images: np.ndarray) -> np.ndarray:
