@@ -81,7 +81,7 @@ def test_a_thousand_broken_files_leave_it_as_it_was(page, before):
     memory = page.memory()
     told.update(pool.map(give, range(900), files[100:]))
   print(f'{memory:,} KiB before, {page.memory():,} KiB after;', told)
-  assert None not in told and all('/' not in str(message) for message in told)
+  assert not {None, 'drawn'} & told.keys() and all('/' not in message for message in told)
   assert page.memory() < 1.1 * memory
   assert page.get('').status_code == 200
   assert_draws_as(page, before)

@@ -327,8 +327,7 @@ def _handler(method: Callable[..., Iterator[Shown]]) -> Callable[..., Iterator[A
           yield _write(shown, place)
       except UnclipError as error:
         line = html.escape(str(error))
-        told = f'{line[:1].upper()}{line[1:]}.'
-        raise gr.Error(told, title='Nothing was drawn', print_exception=False) from error
+        raise gr.Error(f'{line[:1].upper()}{line[1:]}.', print_exception=False) from error
 
   return draw
 
