@@ -96,7 +96,7 @@ def test_interpolation(tab, shots, pictures):
 def test_text_diff(tab, shots, pictures):
   shown, place = tab('Text diff')
   place.locator('input[type=file]').set_input_files(pictures[0])
-  place.get_by_label('What it shows').fill('a red apple, flat style')
+  place.get_by_label('What it shows', exact=True).fill('a red apple, flat style')
   place.get_by_label('What it is to show').fill('a green apple, flat style')
   choose_steps(shown, place, 10)
   place.get_by_role('button', name='Turn').click()
