@@ -286,7 +286,7 @@ main([*small, 'prior', 'end_to_end', *shared.split(), '--json', {str(tmp_path / 
     (('--preset', 'tiny', '--batch-sizes', '2,1,2'), 'batch size 2 is asked for twice'),
     (('--preset', 'tiny', '--json', '/dev/null', '--plot', '/dev/null'), 'names of their own'),
     (('--preset', 'tiny', '--batch-sizes', 'many'), 'whole numbers from 1'),
-    (('--preset', 'tiny', '--devices', '4000'), 'ask for 1 to'),
+    (('--preset', 'tiny', '--devices', '4000'), 'ask for 1'),
     (('--preset', 'tiny', '--model-devices', '2'), '1 devices do not divide into groups of 2'),
     (('--preset', 'tiny', '--model-devices', '0'), 'share the parameters'),
     (('--preset', 'tiny', '--rounds', '0'), 'the number of rounds is 0'),
@@ -362,6 +362,29 @@ def test_a_run_that_was_stopped_takes_over_what_was_measured(results, monkeypatc
     bench.measure(subject, other, before=before)
 
 
+def test_what_a_run_before_has_measured_is_kept_though_it_is_not_asked_for(results, monkeypatch):
+  options = bench_subject.Options(
+    batch_sizes=(2, 4), steps=(4, 3, 2), guided=True, rounds=2, stages=('prior', 'decoder')
+  )
+  subject, saved = bench_subject.of_preset('tiny', CONFIG), []
+
+  def stage(bench, name):
+    if name == 'decoder':
+      raise KeyboardInterrupt
+    return [{**results['stages'][1], 'batch_size': batch} for batch in (2, 4)]
+
+  monkeypatch.setattr(bench._Bench, 'stage', stage)
+  clip, prior, _, upsampler = results['stages']
+  before = {**results, 'stages': [upsampler, clip, {**prior, 'batch_size': 8}, prior]}
+  with pytest.raises(KeyboardInterrupt):
+    bench.measure(subject, options, save=saved.append, before=before)
+  (found,) = saved
+  places = sorted((entry['stage'], entry['batch_size']) for entry in found['stages'])
+  assert places == [('clip', 2), ('prior', 2), ('prior', 4), ('prior', 8), ('upsampler_0', 2)]
+  assert found['end_to_end'] == results['end_to_end']
+  assert found['about']['resumed'].keys() == {'clip', 'upsampler_0'}
+
+
 def test_a_disk_that_fills_up_leaves_the_figures_of_before(tmp_path):
   """A limit on the size of files stands in for it."""
   path = tmp_path / 'a.json'
@@ -397,9 +420,10 @@ def test_sums_are_of_one_device():
 def test_what_cannot_be_continued_is_said(tmp_path):
   with pytest.raises(SystemExit, match='name it'):
     bench_sampling.main(['--preset', 'tiny', '--resume'])
-  (tmp_path / 'a.json').write_text('[]')
-  with pytest.raises(SystemExit, match='holds no figures'):
-    bench_sampling.main(['--preset', 'tiny', '--resume', '--json', str(tmp_path / 'a.json')])
+  for held in ('[]', '{"about": [], "stages": []}', '{"about": {}, "stages": [{}]}'):
+    (tmp_path / 'a.json').write_text(held)
+    with pytest.raises(SystemExit, match='holds no figures'):
+      bench_sampling.main(['--preset', 'tiny', '--resume', '--json', str(tmp_path / 'a.json')])
 
 
 @pytest.mark.parametrize('size', ['0', '-1'])

@@ -1,6 +1,7 @@
 """Runs that measured different stages, put together; their figures are written by hand here."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -126,6 +127,11 @@ def test_runs_that_cannot_be_merged_are_named(write, tmp_path):
     merged(tmp_path, one, write('other', entry('clip')))
   with pytest.raises(SystemExit, match='dtype float16, another file float32'):
     merged(tmp_path, one, write('other', entry('prior'), dtype='float16'))
+  stopped = json.loads(Path(write('stopped', entry('prior'))).read_text())
+  del stopped['peaks']
+  (tmp_path / 'stopped.json').write_text(json.dumps(stopped))
+  with pytest.raises(SystemExit, match=r'stopped.json is of a run that was stopped'):
+    merged(tmp_path, one, str(tmp_path / 'stopped.json'))
   (tmp_path / 'broken.json').write_text('{}')
   for name in ('nothing', 'broken'):
     with pytest.raises(SystemExit, match='holds no figures'):

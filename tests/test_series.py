@@ -23,6 +23,7 @@ from unclip_jax.cli.series import open_series
 from unclip_jax.display import SeriesDisplay
 from unclip_jax.images import read_text
 from unclip_jax.systems.prompt_file import Line, read_lines, scan
+from unclip_jax.types import UnclipError
 
 ROOT = Path(__file__).parent.parent
 APPLE, ROCKET, CATS = TEXTS
@@ -311,8 +312,25 @@ def test_a_folder_of_another_run_is_refused(folder, prompts, tmp_path, capsys):
   assert 'series.json cannot be read' in complaint(capsys, folder, prompts, out)
   (out / 'series.json').write_text('[]')
   assert 'format_version' in complaint(capsys, folder, prompts, out)
+  (out / 'series.json').unlink()
+  assert 'no series.json that says how' in complaint(capsys, folder, prompts, out)
+  (out / 'series.json').touch()
   after = times(out)
   assert all(after[name] == at for name, at in before.items() if name != 'series.json')
+
+
+def test_prompts_that_change_while_they_are_drawn_are_not_mixed(prompts, tmp_path):
+  series = open_series(str(prompts), str(tmp_path / 'out'), 0, 1, 0)
+  before = [*series.items()]
+  items = series.items()
+  assert next(items) == before[0]
+  text = prompts.read_text('utf-8')
+  prompts.write_text(text.replace(ROCKET, CATS), 'utf-8')
+  with pytest.raises(UnclipError, match='has changed since it was read first'):
+    next(items)
+  prompts.write_text(text, 'utf-8')
+  again = open_series(str(prompts), str(tmp_path / 'out'), 0, 1, 0)
+  assert [*again.items()] == before
 
 
 def test_a_disk_that_fills_up_halfway(folder, prompts, tmp_path, capsys):

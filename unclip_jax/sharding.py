@@ -68,9 +68,10 @@ def make_mesh(
     devices = jax.devices() if all_processes else jax.local_devices()
   num_devices = len(devices) if num_devices is None else num_devices
   if not 1 <= num_devices <= len(devices):
+    few = '1' if len(devices) == 1 else f'1 to {len(devices)}'
     raise UnclipError(
       f'{num_devices} devices were asked for, there are {len(devices)} of kind '
-      f'{devices[0].device_kind}: ask for 1 to {len(devices)}'
+      f'{devices[0].device_kind}: ask for {few}'
     )
   if model_devices < 1 or num_devices % model_devices:
     raise UnclipError(

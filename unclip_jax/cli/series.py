@@ -28,6 +28,7 @@ from unclip_jax.weights.safetensors import reach, write_atomically
 MANIFEST_NAME = 'series.json'
 _FORMAT_VERSION = 1
 _LEAST_DIGITS = 5  # of a line's number in a name
+_PICTURES = f'{"[0-9]" * _LEAST_DIGITS}*-[0-9]*-*.png'
 
 
 class Series(NamedTuple):
@@ -53,7 +54,7 @@ class Series(NamedTuple):
     """All pictures in their order; names sort like them."""
     last = self.first_image + self.scan.most_images - 1
     line_digits = max(_LEAST_DIGITS, len(str(self.scan.last_line)))
-    for line in prompt_file.read_lines(self.path):
+    for line in prompt_file.read_lines(self.path, self.scan.state):
       seed = self.seed if line.seed is None else line.seed
       num_images = self.num_images if line.num_images is None else line.num_images
       title = slug(line.name or line.prompt)
@@ -204,11 +205,15 @@ def _check_manifest(folder: epath.Path, wanted: dict[str, Any]) -> None:
   try:
     found = json.loads(path.read_text())
   except (FileNotFoundError, NotADirectoryError):
+    # It is written before the first picture.
+    if folder.is_dir() and next(iter(folder.glob(_PICTURES)), None) is not None:
+      raise UnclipError(
+        f'{folder} has pictures of prompts and no {MANIFEST_NAME} that says how they were drawn: '
+        'choose another --out'
+      ) from None
     return
   except (OSError, ValueError) as error:
-    raise UnclipError(
-      f'{path} cannot be read ({error}): choose another --out, or remove it'
-    ) from error
+    raise UnclipError(f'{path} cannot be read ({error}): choose another --out') from error
   if differing := _differing(found, wanted):
     raise UnclipError(
       f'{folder} has the pictures of another run (another {", ".join(differing)}): choose another '

@@ -107,7 +107,7 @@ def measure(
     peer: what it is held against, on one device.
     tell: told of what comes next.
     save: given what there is after each stage: all but the peaks, the shares of them, and sums.
-    before: what an earlier run like this one has saved; its stages are not measured again.
+    before: what an earlier run like this one has saved: none of it is measured again or lost.
 
   Returns:
     'about', 'peaks', 'stages' and 'end_to_end'; `experiments/bench_sampling.py` lists the fields.
@@ -124,25 +124,26 @@ def measure(
   }
   if peer is not None:
     results['about']['peer'] = peer.about()
-  taken = {} if before is None else figures.take_over(before, results['about'], options)
+  missing = [stage for stage in wanted if stage != END_TO_END]
+  if before is not None:
+    missing = figures.take_over(before, results, options, missing)
   bench = _Bench(subject, options, peer, tell)
   with _compiling_anew():
     if END_TO_END in wanted:
-      results[END_TO_END] = bench.whole()
+      results[END_TO_END] = figures.joined(results[END_TO_END], bench.whole())
     jax.clear_caches()
-    for stage in wanted:
-      if stage in taken:
-        results['stages'] += taken[stage]
-      elif stage != END_TO_END:
-        results['stages'] += bench.stage(stage)
-        save(results)
-  if peer is not None and not options.stages:
-    results[END_TO_END] = figures.sums(results['stages'])
+    for stage in missing:
+      results['stages'] = figures.joined(results['stages'], bench.stage(stage))
+      save(results)
+  figures.sort_stages(results)
+  if peer is not None:
+    results[END_TO_END] = figures.sums_of_all(results)
   # Last, as their arrays would count as the memory of the first stage.
   tell('peaks of the device')
   peaks = measure_peaks(options.dtype, rows)
   for entry in results['stages']:
-    figures.add_shares(entry, peaks)
+    if 'share_of_copy' not in entry:  # else it has those of the run that it is of
+      figures.add_shares(entry, peaks)
   return {**results, 'peaks': peaks._asdict()}
 
 

@@ -138,6 +138,8 @@ def merged(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
   stages: list[dict[str, Any]] = []
   dates: dict[str, str] = {}
   for file, run in runs.items():
+    if 'peaks' not in run:
+      raise UnclipError(f'{file} is of a run that was stopped: finish it with --resume')
     for name in (first['about'].keys() | run['about'].keys()) - apart:
       then, now = first['about'].get(name), run['about'].get(name)
       if then != now:
@@ -148,26 +150,38 @@ def merged(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         raise UnclipError(f'{file}: {place[0]} at batch {place[2]} is in another file: take one')
       stages.append(entry)
       dates[entry['stage']] = run['about']['date']
-  order = ('clip', 'prior', 'decoder_text', 'decoder', *first['about']['steps'], 'autoencoder')
-  stages.sort(key=lambda e: (order.index(e['stage']), *_place(e)[1:]))
-  paired = [e for e in stages if e['devices'] == 1 and 'peer' in e]
+  results = {**first, 'about': {**first['about'], 'resumed': dates}, 'stages': stages}
+  sort_stages(results)
+  return {**results, 'end_to_end': sums_of_all(results)}
+
+
+def sort_stages(results: dict[str, Any]) -> None:
+  """Puts the stages of results in the order in which they run."""
+  order = ('clip', 'prior', 'decoder_text', 'decoder', *results['about']['steps'], 'autoencoder')
+  results['stages'].sort(key=lambda e: (order.index(e['stage']), *_place(e)[1:]))
+
+
+def sums_of_all(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+  """`sums` of the batch sizes that all stages were measured at on one device beside a peer."""
+  paired = [e for e in results['stages'] if e['devices'] == 1 and 'peer' in e]
   # A peer has what Karlo has.
-  all_of_them = {'clip', 'prior', *first['about']['steps']}
+  all_of_them = {'clip', 'prior', *results['about']['steps']}
   whole = [
     e
     for e in paired
     if {o['stage'] for o in paired if o['batch_size'] == e['batch_size']} == all_of_them
   ]
-  return {
-    **first,
-    'about': {**first['about'], 'resumed': dates},
-    'stages': stages,
-    'end_to_end': sums(whole) if whole else [],
-  }
+  return sums(whole) if whole else []
+
+
+def joined(before: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+  """Entries of two runs, the later ones where both have one."""
+  places = [*map(_place, now)]
+  return [*(entry for entry in before if _place(entry) not in places), *now]
 
 
 def _place(entry: Mapping[str, Any]) -> tuple[str, int, int]:
-  return entry['stage'], entry['devices'], entry['batch_size']
+  return entry.get('stage', ''), entry['devices'], entry['batch_size']
 
 
 def about(subject: Subject, options: Options) -> dict[str, Any]:
@@ -192,27 +206,31 @@ def about(subject: Subject, options: Options) -> dict[str, Any]:
 
 
 def take_over(
-  before: Mapping[str, Any], now: dict[str, Any], options: Options
-) -> dict[str, list[dict[str, Any]]]:
-  """The stages of an earlier run that need not be measured again; `now` is told of their dates.
+  before: Mapping[str, Any], results: dict[str, Any], options: Options, stages: Sequence[str]
+) -> list[str]:
+  """Puts all that an earlier run has measured into results, with the dates of its stages.
+
+  Returns:
+    Which of `stages` are still to be measured, as that run has not all that is asked for.
 
   Raises:
     UnclipError: that run was of something else, or elsewhere.
   """
-  then = before.get('about', {})
+  then, now = before['about'], results['about']
   for name in now.keys() - {'date', 'load'}:
     if then.get(name) != now[name]:
       raise UnclipError(
         f'the run before had {name} {then.get(name)}, this one has {now[name]}: measure all anew'
       )
-  dates, found = then.get('resumed', {}), {}
-  places = {(d, b) for d in options.devices for b in options.batch_sizes}
-  for stage in dict.fromkeys(entry['stage'] for entry in before.get('stages', ())):
-    entries = [entry for entry in before['stages'] if entry['stage'] == stage]
-    if {(entry['devices'], entry['batch_size']) for entry in entries} == places:
-      found[stage] = entries
-      now.setdefault('resumed', {})[stage] = dates.get(stage, then['date'])
-  return found
+  results['stages'] = [*before['stages']]
+  results['end_to_end'] = [*before.get('end_to_end', ())]
+  found = [*map(_place, before['stages'])]
+  asked = [(d, b) for d in options.devices for b in options.batch_sizes]
+  missing = [stage for stage in stages if any((stage, *place) not in found for place in asked)]
+  dates = {name: then.get('resumed', {}).get(name, then['date']) for name, *_ in found}
+  if kept := {name: date for name, date in dates.items() if name not in missing}:
+    now['resumed'] = kept
+  return missing
 
 
 def machine() -> dict[str, Any]:

@@ -71,9 +71,21 @@ def read_results(path: str | Path) -> dict[str, Any]:
     found = json.loads(Path(path).read_text())
   except (OSError, ValueError):
     found = None
-  if not isinstance(found, dict) or not {'about', 'stages'} <= found.keys():
+  if not _has_figures(found):
     raise UnclipError(f'{path} holds no figures of a benchmark: take another file')
   return found
+
+
+def _has_figures(found: Any) -> bool:
+  if not isinstance(found, dict):
+    return False
+  about, stages = found.get('about'), found.get('stages')
+  if not isinstance(about, dict) or not {'date', 'steps'} <= about.keys():
+    return False
+  of_each = {'stage', 'devices', 'batch_size', 'seconds'}
+  return isinstance(stages, list) and all(
+    isinstance(entry, dict) and of_each <= entry.keys() for entry in stages
+  )
 
 
 def run(

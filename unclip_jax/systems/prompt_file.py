@@ -51,6 +51,7 @@ class Scan(NamedTuple):
     most_images: pictures of the prompt that has most.
     last_line: number of the last line with a prompt.
     digest: SHA-256 of its bytes, hexadecimal.
+    state: what changes when it is written to; None of a file of a store.
   """
 
   num_prompts: int
@@ -59,17 +60,29 @@ class Scan(NamedTuple):
   most_images: int
   last_line: int
   digest: str
+  state: tuple[int, int] | None = None
 
 
-def read_lines(path: os.PathLike[str] | str) -> Iterator[Line]:
+def read_lines(
+  path: os.PathLike[str] | str, state: tuple[int, int] | None = None
+) -> Iterator[Line]:
   """The lines that hold a prompt, in their order.
 
+  Args:
+    path: the file.
+    state: of its `Scan`, to be held to; None to take it as it is.
+
   Raises:
-    UnclipError: the file cannot be read, or a line cannot be used; names the line, and the byte
-      where it is not UTF-8.
+    UnclipError: the file cannot be read, or has changed since its scan; or a line cannot be used:
+      names the line, and the byte where it is not UTF-8.
   """
   is_json = _is_json(path)
   for number, raw in enumerate(_raw_lines(path), 1):
+    if state is not None and _state(path) != state:
+      raise UnclipError(
+        f'{os.fspath(path)} has changed since it was read first: what is drawn by now is of what '
+        'it was; put that back to go on, or choose another --out'
+      )
     what = f'line {number} of {os.fspath(path)}'
     text = _decode(raw, what, is_first=number == 1)
     if text.strip():
@@ -93,6 +106,7 @@ def scan(path: os.PathLike[str] | str, num_images: int, first_image: int = 0) ->
       f'{os.fspath(path)} can be read only once, and prompts are read as they are drawn: write '
       'them to a file'
     )
+  state = _state(path)
   num_prompts, total, most, last_line = 0, 0, 0, 0
   for line in read_lines(path):
     wanted = num_images if line.num_images is None else line.num_images
@@ -107,7 +121,16 @@ def scan(path: os.PathLike[str] | str, num_images: int, first_image: int = 0) ->
   if num_prompts == 0:
     lines = f'only {num_lines} empty lines' if num_lines else 'nothing'
     raise UnclipError(f'there is no prompt in {os.fspath(path)}, {lines}: give a prompt a line')
-  return Scan(num_prompts, num_lines - num_prompts, total, most, last_line, digest.hexdigest())
+  num_blank = num_lines - num_prompts
+  return Scan(num_prompts, num_blank, total, most, last_line, digest.hexdigest(), state)
+
+
+def _state(path: os.PathLike[str] | str) -> tuple[int, int] | None:
+  try:
+    found = os.stat(path)
+  except OSError:  # of a store, or gone: to open it says so
+    return None
+  return found.st_size, found.st_mtime_ns
 
 
 def _raw_lines(path: os.PathLike[str] | str) -> Iterator[bytes]:
