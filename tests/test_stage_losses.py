@@ -182,7 +182,7 @@ def test_decoder_drops_z_i_in_10_percent_and_captions_in_50_independently(monkey
   image, z_i = jnp.zeros((n, 1, 1, 3)), normal(n, 16)
   text, null_text = make_text(n), make_text(1, seed=9)
   args = (image, z_i, text, null_text, jax.random.key(0))
-  _, _, seen_text, seen_z_i, has_z_i, deterministic = recorded_inputs(
+  _, _, seen_text, seen_z_i, has_z_i, deterministic, known = recorded_inputs(
     monkeypatch, decoder, 'DecoderNetwork', lambda: decoder.loss(CONFIG.decoder, {}, *args)
   )
   no_text, no_z_i = dropped_rows(seen_text, null_text), ~np.asarray(has_z_i)
@@ -198,7 +198,7 @@ def test_decoder_drops_z_i_in_10_percent_and_captions_in_50_independently(monkey
     lambda seen, given: np.testing.assert_array_equal(seen[kept], given[kept]), seen_text, text
   )
   np.testing.assert_array_equal(seen_z_i, z_i)
-  assert deterministic is False
+  assert deterministic is False and known is None
 
 
 @pytest.mark.parametrize(('text_drop', 'image_drop'), [(0.0, 1.0), (1.0, 0.0)])
@@ -206,11 +206,23 @@ def test_decoder_drops_as_its_config_says(monkeypatch, text_drop, image_drop):
   config = dataclasses.replace(CONFIG.decoder, text_drop=text_drop, image_drop=image_drop)
   text, null_text = make_text(50), make_text(1, seed=9)
   args = (jnp.zeros((50, 1, 1, 3)), normal(50, 16), text, null_text, jax.random.key(0))
-  _, _, seen_text, _, has_z_i, _ = recorded_inputs(
+  _, _, seen_text, _, has_z_i, *_ = recorded_inputs(
     monkeypatch, decoder, 'DecoderNetwork', lambda: decoder.loss(config, {}, *args)
   )
   assert (dropped_rows(seen_text, null_text) == bool(text_drop)).all()
   assert (np.asarray(has_z_i) == (not image_drop)).all()
+
+
+def test_a_decoder_that_inpaints_is_given_what_is_not_erased(monkeypatch):
+  config = dataclasses.replace(CONFIG.decoder, inpaints=True)
+  image = jnp.clip(normal(50, 16, 16, 3), -1, 1)
+  args = (image, normal(50, 16), make_text(50), make_text(1, seed=9), jax.random.key(0))
+  known = recorded_inputs(
+    monkeypatch, decoder, 'DecoderNetwork', lambda: decoder.loss(config, {}, *args)
+  )[6]
+  mask = np.asarray(known)[..., 3:]
+  assert 0.2 < mask.mean() < 0.5 and len({row.tobytes() for row in mask}) > 30
+  np.testing.assert_array_equal(known[..., :3], image * mask)
 
 
 def test_noise_turns_z_i_by_as_much_as_the_config_says_and_keeps_its_length(monkeypatch):
