@@ -15,7 +15,12 @@ from playwright.sync_api import expect, sync_playwright
 from processes import free_address
 from served_page import SECONDS, WAITING, Page
 
-COMMAND = [sys.executable, '-m', 'unclip_jax', 'demo', '--waiting', str(WAITING)]
+# A shell in the background makes its children ignore interrupts.
+START = (
+  'import signal; signal.signal(signal.SIGINT, signal.default_int_handler); '
+  'from unclip_jax.cli import main; main()'
+)
+COMMAND = [sys.executable, '-c', START, 'demo', '--waiting', str(WAITING)]
 
 
 @pytest.fixture(scope='session')
