@@ -121,9 +121,10 @@ def test_samples_are_pictures_that_follow_the_caption(name):
 def test_an_image_is_the_same_in_any_batch(name):
   config = CONFIGS[name]
   two, one = sample(config), sample(config, batch=1)
-  # Another batch adds up in another order, and the first steps divide by little signal: an H100 was
+  # Another batch adds up in another order, and the first steps divide by little signal. An H100 was
   # off by 1.2e-4.
-  np.testing.assert_allclose(two[:1], one, atol=3e-4)
+  atol = 1e-4 if jax.default_backend() == 'cpu' else 3e-4
+  np.testing.assert_allclose(two[:1], one, atol=atol)
 
 
 def test_what_stands_in_padding_has_no_effect_but_its_length_has():

@@ -354,13 +354,12 @@ class GlideUpsamplerConfig:
   diffusion: DiffusionConfig
   sampling: SamplingConfig
   text: TextConfig
+  temperature: float = 0.997  # of the noise that it starts from
 
   @property
   def inpaints(self) -> bool:
     """Whether it has channels for a picture to complete and its mask."""
     return self.unet.condition_channels > self.unet.in_channels
-
-  temperature: float = 0.997  # of the noise that it starts from
 
 
 AnyPriorConfig = PriorConfig | ArPriorConfig

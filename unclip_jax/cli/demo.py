@@ -9,6 +9,7 @@ import typer
 import unclip_jax
 from unclip_jax.cli.options import (
   MACHINE,
+  CacheOption,
   DevicesOption,
   DtypeOption,
   ModelOption,
@@ -37,14 +38,7 @@ def demo(
     int | None, option(MACHINE, 'Pictures drawn at a time. (default: 1 on a CPU, else 4)')
   ] = None,
   devices: DevicesOption = 1,
-  cache: Annotated[
-    bool,
-    typer.Option(
-      '--cache/--no-cache',
-      help="Keep compiled programs in the user's cache folder.",
-      rich_help_panel=MACHINE,
-    ),
-  ] = True,
+  cache: CacheOption = True,
 ) -> None:
   """Open a page: generate, variations, interpolation, text diffs, inpainting."""
   from unclip_jax.demo.page import serve, wait

@@ -15,6 +15,7 @@ from unclip_jax.cli.options import (
   MACHINE,
   OUTPUT,
   PROCESSES,
+  CacheOption,
   CandidatesOption,
   DevicesOption,
   DtypeOption,
@@ -118,14 +119,7 @@ def generate(
   lora_strength: Annotated[
     float, typer.Option(help='What adapters are multiplied by.', rich_help_panel=MACHINE)
   ] = 1.0,
-  cache: Annotated[
-    bool,
-    typer.Option(
-      '--cache/--no-cache',
-      help="Keep compiled programs in the user's cache folder.",
-      rich_help_panel=MACHINE,
-    ),
-  ] = True,
+  cache: CacheOption = True,
   distributed: Annotated[
     bool,
     typer.Option(

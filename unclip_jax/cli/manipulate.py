@@ -20,8 +20,8 @@ import typer
 import unclip_jax
 from unclip_jax.cli.options import (
   DECODER,
-  MACHINE,
   OUTPUT,
+  CacheOption,
   DtypeOption,
   ModelOption,
   PriorModelOption,
@@ -81,17 +81,7 @@ _OPTIONS: dict[str, tuple[Any, Any]] = {
   'model': ('default', ModelOption),
   'prior_model': (None, PriorModelOption),
   'dtype': ('float32', DtypeOption),
-  'cache': (
-    True,
-    Annotated[
-      bool,
-      typer.Option(
-        '--cache/--no-cache',
-        help="Keep compiled programs in the user's cache folder.",
-        rich_help_panel=MACHINE,
-      ),
-    ],
-  ),
+  'cache': (True, CacheOption),
   'steps': (
     None,
     Annotated[

@@ -128,6 +128,14 @@ TileOption = Annotated[
   int | None,
   option(MACHINE, 'Pixels a side that an autoencoder decodes at a time. (default: all)'),
 ]
+CacheOption = Annotated[
+  bool,
+  typer.Option(
+    '--cache/--no-cache',
+    help="Keep compiled programs in the user's cache folder.",
+    rich_help_panel=MACHINE,
+  ),
+]
 DevicesOption = Annotated[
   int, typer.Option('--devices', help='Devices that share the work.', rich_help_panel=MACHINE)
 ]
