@@ -49,6 +49,7 @@ from unclip_jax.measure.peaks import Peaks, measure_peaks
 from unclip_jax.measure.timing import alternate, peak_memory, ratios, seconds, spread
 from unclip_jax.presets import preset
 from unclip_jax.systems import bench_figures as figures
+from unclip_jax.systems.fsdp import placed
 from unclip_jax.systems.settings import check_count, check_dtype
 from unclip_jax.systems.training import trained_stages
 from unclip_jax.terminal import memory_errors, plain_warnings
@@ -95,11 +96,7 @@ def make_contender(
   optimizer = make_optimizer(OPTIMIZER, 1)
   on_cpu = jax.default_backend() == 'cpu'
   step = make_train_step(case.loss_fn, optimizer, EMA_DECAY, args.accumulate, unroll=on_cpu)
-
-  def update(state, batch, key):
-    state, metrics = step(state, batch, key)
-    return sharding.constrain_state(state, mesh, args.fsdp), metrics
-
+  update = placed(step, mesh, args.fsdp)
   state = sharding.place_state(init_state(case.trained, optimizer), mesh, args.fsdp)
   batch = sharding.place_batch(case.batch, mesh)
   key = jax.device_put(key, sharding.replicated(mesh))

@@ -130,6 +130,13 @@ def test_a_loop_without_a_note_of_its_length_says_it_in_its_condition():
   assert program_cost(text.replace('known_trip_count', 'else')) == program_cost(text)
 
 
+def test_a_loop_that_counts_by_two_runs_half_as_often():
+  text = compiled(seven_times, normal(37, 41), normal(41, 41)).as_text()
+  assert text.count('s32[] constant(1)') == 1  # what its count is added
+  text = text.replace('known_trip_count', 'else').replace('s32[] constant(1)', 's32[] constant(2)')
+  assert program_cost(text).matmul_flops == 4 * MATMUL
+
+
 def test_a_loop_that_ends_when_it_likes_is_an_error():
   def run(x):
     return lax.while_loop(lambda x: x.sum() > 1, lambda x: x * 0.9, x)

@@ -14,8 +14,8 @@ from tiny_stages import CONFIG, STATISTICS, make_text, normal, random_params
 
 from unclip_jax import sharding
 from unclip_jax.config_json import override
+from unclip_jax.measure.collectives import program_collectives
 from unclip_jax.sharding import (
-  constrain_state,
   make_mesh,
   param_spec,
   place_batch,
@@ -26,6 +26,7 @@ from unclip_jax.sharding import (
   state_shardings,
 )
 from unclip_jax.stages import clip, decoder, diffusion_prior, upsampler
+from unclip_jax.systems.fsdp import placed
 from unclip_jax.train.state import init_state, make_train_step
 from unclip_jax.types import UnclipError
 from unclip_jax.weights.checkpoint import Checkpoints
@@ -47,12 +48,14 @@ SMALL = override(
     'upsamplers.0.unet.multipliers=[1]',
   ],
 )
+TWO_BLOCKS = override(SMALL, ['prior.depth=2']).prior
 NUM_STEPS = 3
 BATCH = 8
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(0.5), optax.sgd(0.5, momentum=0.9))
 # Devices, those that share a copy of the parameters, and whether the rest split it as well.
 MESHES = {
   'prior': [(8, 1, True), (8, 2, True), (8, 4, False)],
+  'prior, again': [(8, 2, True)],
   'clip': [(8, 2, True)],
   'decoder': [(8, 2, True)],
   'upsampler': [(8, 4, True)],
@@ -75,6 +78,11 @@ def prior_loss(params, batch, key):
   return diffusion_prior.loss(SMALL.prior, params, *given)
 
 
+def again_loss(params, batch, key):
+  given = (STATISTICS, batch['z_i'], batch['text'], make_text(1, seed=9), key)
+  return diffusion_prior.loss(TWO_BLOCKS, params, *given, remat=True)
+
+
 def decoder_loss(params, batch, key):
   given = (batch['image'], batch['z_i'], batch['text'], make_text(1, seed=9), key)
   return decoder.loss(SMALL.decoder, params, *given)
@@ -88,6 +96,7 @@ def upsampler_loss(params, batch, key):
 STAGES = {
   'clip': (clip, SMALL.clip, clip_loss),
   'prior': (diffusion_prior, SMALL.prior, prior_loss),
+  'prior, again': (diffusion_prior, TWO_BLOCKS, again_loss),
   'decoder': (decoder, SMALL.decoder, decoder_loss),
   'upsampler': (upsampler, SMALL.upsamplers[0], upsampler_loss),
 }
@@ -107,11 +116,7 @@ class Run:
     self.key = jax.device_put(jax.random.key(4), replicated(self.mesh))
     self.start = self.place(fresh_state(stage))
     step = make_train_step(STAGES[stage][2], OPTIMIZER, 0.9)
-
-    def update(state, batch, key):
-      state, metrics = step(state, batch, key)
-      return constrain_state(state, self.mesh, fsdp), metrics
-
+    update = placed(step, self.mesh, fsdp)
     self.program = jax.jit(update).lower(self.start, self.batch, self.key).compile()
 
   def place(self, state):
@@ -124,6 +129,9 @@ class Run:
       assert_placed(state, self.mesh, self.fsdp)
       losses.append(float(metrics['loss']))
     return losses, state
+
+  def exchanges(self):
+    return program_collectives(self.program.as_text(), self.mesh.size)
 
   def argument_bytes(self):
     """Of one device."""
@@ -163,6 +171,7 @@ def train_on_every_mesh(folder):
       np.testing.assert_allclose(losses, wanted_losses, rtol=1e-5, err_msg=f'{stage} {mesh}')
       assert_close(state, wanted)
       if mesh[2]:
+        assert set(run.exchanges()) <= {'all-gather', 'all-reduce', 'reduce-scatter'}, stage
         assert run.argument_bytes() < 0.35 * one.argument_bytes(), (stage, mesh)
       runs[stage, mesh] = run
     runs[stage, (1, 1, False)] = one
@@ -234,8 +243,8 @@ def test_micro_batches_leave_rows_where_they_are():
     ('unet/conv_in/kernel', (3, 3, 130, 160), 2, [None, None, None, ('model', 'data')]),
     ('unet/conv_in/kernel', (3, 3, 132, 160), 2, [None, None, 'data', 'model']),
     ('text/tokens/embedding', (511, 128), 1, [None, 'data']),
-    ('positions', (256, 128), 2, ['data']),
-    # Small, or nothing that divides.
+    ('positions', (256, 128), 2, []),
+    # Small, or nothing that divides, or what no layer is given.
     ('blocks/block_0/mlp_out/bias', (2048,), 1, []),
     ('blocks/block_0/mlp_in/kernel', (64, 128), 2, [None, 'model']),
     ('z_i_to_emb/kernel', (255, 257), 2, []),

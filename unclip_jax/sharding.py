@@ -43,7 +43,9 @@ _AXES = (
   (r'embedding', 2, 1),  # so that a device finds its part of each word
 )
 # They are small, and each device has to have them whole.
-_WHOLE = re.compile(r'(.*/)?(bias|scale|mean|std|positions|padding)')
+_WHOLE = re.compile(
+  r'(.*/)?(bias|scale|mean|std|positions|padding|query|null_z_i|class_token|token_types)'
+)
 
 
 def make_mesh(
@@ -130,7 +132,7 @@ def param_spec(
       if shape[axis] % model_devices == 0:
         spec[axis] = MODEL_AXIS
         break
-  if data_devices > 1 and math.prod(shape) >= FSDP_MIN_SIZE:
+  if data_devices > 1 and math.prod(shape) >= FSDP_MIN_SIZE and not _WHOLE.fullmatch(path):
     for axis in sorted(by_size, key=lambda axis: spec[axis] is not None):
       if spec[axis] is None and shape[axis] % data_devices == 0:
         spec[axis] = DATA_AXIS
@@ -143,6 +145,14 @@ def param_spec(
   return PartitionSpec(*spec)
 
 
+def param_sharding(
+  path: str, shape: tuple[int, ...], mesh: Mesh, fsdp: bool = False
+) -> NamedSharding:
+  """Returns the placement of `param_spec` on a mesh; over its `data` axis too if `fsdp`."""
+  data_devices = mesh.shape[DATA_AXIS] if fsdp else 1
+  return NamedSharding(mesh, param_spec(path, shape, mesh.shape[MODEL_AXIS], data_devices))
+
+
 def state_shardings(state: Any, mesh: Mesh, fsdp: bool = False) -> Any:
   """Where each array of a training state goes, in its structure.
 
@@ -153,12 +163,10 @@ def state_shardings(state: Any, mesh: Mesh, fsdp: bool = False) -> Any:
     mesh: over a `model` axis of 1 each device has all parameters, unless
     fsdp: they are split over `data` as well.
   """
-  data_devices = mesh.shape[DATA_AXIS] if fsdp else 1
 
   def place(path: Any, leaf: Any) -> NamedSharding:
     name = jax.tree_util.keystr(path, simple=True, separator='/')
-    spec = param_spec(name, leaf.shape, mesh.shape[MODEL_AXIS], data_devices)
-    return NamedSharding(mesh, spec)
+    return param_sharding(name, leaf.shape, mesh, fsdp)
 
   return jax.tree_util.tree_map_with_path(place, state)
 

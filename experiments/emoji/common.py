@@ -24,6 +24,7 @@ from unclip_jax.data.vocabulary import Vocabulary
 from unclip_jax.nn.clip import TextFeatures
 from unclip_jax.stages import clip
 from unclip_jax.systems.formats import open_model, read_vocabulary
+from unclip_jax.systems.fsdp import placed
 from unclip_jax.systems.loading import find_folder
 from unclip_jax.train.guard import guarded
 from unclip_jax.train.state import (
@@ -103,15 +104,14 @@ def make_updates(
       batch: an argument of the program, as constants of it they would be compiled in.
   """
   streams, stops, mesh = train.source is not None, train.on_bad_loss == 'stop', make_mesh(train)
-  train_step = guarded(train_step, stops, train.spike_factor)
+  update = placed(guarded(train_step, stops, train.spike_factor), mesh, train.fsdp)
   at_once = 1 if streams or _on_cpu() else train.chunk
 
   def multi_step(
     state: TrainState, pool: Any, key: Array, frozen: Params | None
   ) -> tuple[TrainState, Metrics]:
     def step(state: TrainState, batch: Any, key: Array) -> tuple[TrainState, Metrics]:
-      state, metrics = train_step(state, batch if frozen is None else (batch, frozen), key)
-      return sharding.constrain_state(state, mesh, train.fsdp), metrics
+      return update(state, batch if frozen is None else (batch, frozen), key)
 
     make = (lambda batch, *_: batch) if streams else make_batch
     return make_multi_step(step, at_once, train.batch_size, make)(state, pool, key)

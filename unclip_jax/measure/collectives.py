@@ -120,7 +120,7 @@ def _group_size(one: Instruction, num_devices: int) -> int:
   if numbered := re.search(r'replica_groups=\[([\d,]+)\]<=', one.attributes):
     dims = [int(n) for n in numbered[1].split(',')]
     return math.prod(dims[1:])
-  if named := re.search(r'replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}', one.attributes):
+  if named := re.search(r"replica_groups=mesh\[([^\]]*)\][^{}]*\{('[^}]*)\}", one.attributes):
     sizes = dict(re.findall(r"'([^']*)'=(\d+)", named[1]))
     # An axis, or of it the part that its size in brackets comes before: 'a':(2)4.
     axes = re.findall(r"'([^']*)'(?::\(\d+\)(\d+))?", named[2])

@@ -182,21 +182,43 @@ def trip_count(module: Module, loop: Instruction) -> int:
   """As the compiler noted it, or else what the condition compares a count from 0 with."""
   if known := _TRIP_COUNT.search(loop.attributes):
     return int(known[1])
-  (condition,) = loop.names('condition')
-  outer = inner = module.computations[condition]
-  fusion = None
-  if outer.root.opcode == 'fusion':
-    fusion, inner = outer.root, module.computations[outer.root.called[0]]
-  if inner.root.opcode == 'compare':
-    for i in range(2):
-      limit = inner.operand(inner.root, i)
-      if fusion is not None and limit.opcode == 'parameter':
-        limit = outer.operand(fusion, int(limit.literal))
-      if limit.opcode == 'constant':
-        direction = re.search(r'direction=(\w+)', inner.root.attributes)[1]
-        if direction in (('GT', 'GE') if i == 0 else ('LT', 'LE')):
-          return int(limit.literal) + direction.endswith('E')
+  condition = module.computations[loop.names('condition')[0]]
+  compare, compared = _plain(module, condition, condition.root)
+  if compare.opcode == 'compare':
+    direction = re.search(r'direction=(\w+)', compare.attributes)[1]
+    for i, directions in enumerate((('LT', 'LE'), ('GT', 'GE'))):
+      count, limit = compared[i], compared[1 - i]
+      if limit.opcode == 'constant' and direction in directions:
+        last = int(limit.literal) + direction.endswith('E')
+        return -(-last // _increment(module, loop, count))
   raise UnclipError(
     f'the program has a loop, {loop.name}, of which the compiler does not say how often it runs: '
     'take a scan, or a fori_loop of a fixed length'
   )
+
+
+def _increment(module: Module, loop: Instruction, count: Instruction) -> int:
+  """What a loop adds to its count each time; 1 where its body does not say it plainly."""
+  body = module.computations[loop.names('body')[0]]
+  if count.opcode == 'get-tuple-element' and body.root.opcode == 'tuple':
+    following = body.operand(body.root, count.number('index'))
+    add, added = _plain(module, body, following)
+    steps = [int(each.literal) for each in added if each.opcode == 'constant']
+    if add.opcode == 'add' and len(steps) == 1:
+      return steps[0]
+  return 1
+
+
+def _plain(
+  module: Module, computation: Computation, instruction: Instruction
+) -> tuple[Instruction, list[Instruction]]:
+  """An instruction and its operands, those of its root if it is a fusion."""
+  if instruction.opcode != 'fusion':
+    known = computation.instructions
+    return instruction, [known[name] for name in instruction.operands if name in known]
+  inner = module.computations[instruction.called[0]]
+  operands = (inner.instructions[name] for name in inner.root.operands)
+  return inner.root, [
+    computation.operand(instruction, int(each.literal)) if each.opcode == 'parameter' else each
+    for each in operands
+  ]

@@ -60,20 +60,8 @@ class ArPriorNetwork(nn.Module):
 
   def encode_prefix(self, text: TextFeatures) -> Prefix:
     """Keys and values of the caption's tokens and of z_t, which all that is drawn for it shares."""
-    states, mask = text.states, text.mask
-    if self.config.text is not None:
-      states = self.text_encoder(text.ids, text.mask)
-      mask = jnp.ones_like(mask)  # its padding is of learned vectors, which count
-    x = jnp.concatenate(
-      [
-        self.text_proj(states.astype(self.dtype)),
-        self.z_t_proj(text.z_t.astype(self.dtype))[:, None],
-      ],
-      axis=1,
-    )
+    x, mask = self._prefix(text)
     length = x.shape[1]
-    x = x + self.positions[:length].astype(self.dtype)[None]
-    mask = jnp.pad(mask, ((0, 0), (0, 1)), constant_values=True)
     _, caches = self.blocks(x, causal_mask(length, length) & mask[:, None, None, :])
     return Prefix(caches, mask)
 
@@ -114,15 +102,31 @@ class ArPriorNetwork(nn.Module):
     Returns:
       float32 [b, num_components, num_buckets]: the logits of each component, given those before it.
     """
-    k, prefix = self.config.num_components, self.encode_prefix(text)
+    k, (prefix, mask) = self.config.num_components, self._prefix(text)
     x = jnp.concatenate(
       [self.embed_dot(dot_b)[:, None], self.embed_bucket(tokens_bk[:, :-1])], axis=1
     )
-    x = x + self.positions[-k:].astype(self.dtype)[None]
-    mask = jnp.pad(prefix.mask, ((0, 0), (0, k)), constant_values=True)
-    mask = causal_mask(k, mask.shape[1]) & mask[:, None, None, :]
-    x, _ = self.blocks(x, mask, prefix.caches)
-    return self._logits(x)
+    x = jnp.concatenate([prefix, x + self.positions[-k:].astype(self.dtype)[None]], axis=1)
+    mask = jnp.pad(mask, ((0, 0), (0, k)), constant_values=True)
+    length = x.shape[1]
+    x, _ = self.blocks(x, causal_mask(length, length) & mask[:, None, None, :])
+    return self._logits(x[:, -k:])
+
+  def _prefix(self, text: TextFeatures) -> tuple[Array, Array]:
+    """The caption's tokens and z_t, [b, s, width], and which of them are there."""
+    states, mask = text.states, text.mask
+    if self.config.text is not None:
+      states = self.text_encoder(text.ids, text.mask)
+      mask = jnp.ones_like(mask)  # its padding is of learned vectors, which count
+    x = jnp.concatenate(
+      [
+        self.text_proj(states.astype(self.dtype)),
+        self.z_t_proj(text.z_t.astype(self.dtype))[:, None],
+      ],
+      axis=1,
+    )
+    x = x + self.positions[: x.shape[1]].astype(self.dtype)[None]
+    return x, jnp.pad(mask, ((0, 0), (0, 1)), constant_values=True)
 
   def _logits(self, x: Array) -> Array:
     return self.out_proj(self.norm(x)).astype(jnp.float32)

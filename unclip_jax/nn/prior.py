@@ -60,16 +60,8 @@ class PriorNetwork(nn.Module):
 
   def encode_prefix(self, text: TextFeatures) -> Prefix:
     """Keys and values of the caption's tokens and of z_t, for `__call__`."""
-    x = jnp.concatenate(
-      [
-        self.text_proj(text.states.astype(self.dtype)),
-        self.z_t_proj(text.z_t.astype(self.dtype))[:, None],
-      ],
-      axis=1,
-    )
+    x, mask = self._prefix(text)
     length = x.shape[1]
-    x = x + self.positions[:length].astype(self.dtype)[None]
-    mask = jnp.pad(text.mask, ((0, 0), (0, 1)), constant_values=True)
     _, caches = self.blocks(x, causal_mask(length, length) & mask[:, None, None, :])
     return Prefix(caches, mask)
 
@@ -88,16 +80,40 @@ class PriorNetwork(nn.Module):
     Returns:
       float32 [b, embed_dim]: the predicted un-noised embedding.
     """
+    x = self._suffix(z_i_t, time_emb)
+    mask = jnp.pad(prefix.mask, ((0, 0), (0, NUM_SUFFIX)), constant_values=True)
+    mask = causal_mask(NUM_SUFFIX, mask.shape[1]) & mask[:, None, None, :]
+    x, _ = self.blocks(x, mask, prefix.caches)
+    return self._predicted(x)
+
+  def predict(self, z_i_t: Array, t: Array, text: TextFeatures) -> Array:
+    """Prefix and step in one pass, as training needs. z_i_t [b, d], t int [b] -> [b, d]."""
+    x, mask = self._prefix(text)
+    x = jnp.concatenate([x, self._suffix(z_i_t, self.encode_time(t))], axis=1)
+    mask = jnp.pad(mask, ((0, 0), (0, NUM_SUFFIX)), constant_values=True)
+    length = x.shape[1]
+    x, _ = self.blocks(x, causal_mask(length, length) & mask[:, None, None, :])
+    return self._predicted(x)
+
+  def _prefix(self, text: TextFeatures) -> tuple[Array, Array]:
+    """The caption's tokens and z_t, [b, s, width], and which of them are there."""
+    x = jnp.concatenate(
+      [
+        self.text_proj(text.states.astype(self.dtype)),
+        self.z_t_proj(text.z_t.astype(self.dtype))[:, None],
+      ],
+      axis=1,
+    )
+    x = x + self.positions[: x.shape[1]].astype(self.dtype)[None]
+    return x, jnp.pad(text.mask, ((0, 0), (0, 1)), constant_values=True)
+
+  def _suffix(self, z_i_t: Array, time_emb: Array) -> Array:
+    """The timestep, the noised embedding and the query, [b, 3, width]."""
     b = z_i_t.shape[0]
     query = jnp.broadcast_to(self.query.astype(self.dtype), (b, 1, self.config.width))
     z_i = self.z_i_proj(z_i_t.astype(self.dtype))[:, None]
     x = jnp.concatenate([time_emb.astype(self.dtype)[:, None], z_i, query], axis=1)
-    x = x + self.positions[-NUM_SUFFIX:].astype(self.dtype)[None]
-    mask = jnp.pad(prefix.mask, ((0, 0), (0, NUM_SUFFIX)), constant_values=True)
-    mask = causal_mask(NUM_SUFFIX, mask.shape[1]) & mask[:, None, None, :]
-    x, _ = self.blocks(x, mask, prefix.caches)
-    return self.out_proj(self.norm(x[:, -1])).astype(jnp.float32)
+    return x + self.positions[-NUM_SUFFIX:].astype(self.dtype)[None]
 
-  def predict(self, z_i_t: Array, t: Array, text: TextFeatures) -> Array:
-    """Prefix and step in one, as training needs. z_i_t [b, d], t int [b] -> [b, d]."""
-    return self(z_i_t, self.encode_time(t), self.encode_prefix(text))
+  def _predicted(self, x: Array) -> Array:
+    return self.out_proj(self.norm(x[:, -1])).astype(jnp.float32)

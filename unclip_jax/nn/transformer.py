@@ -6,6 +6,7 @@ before the prior's timestep token depends on the timestep). A cache may also hav
 to come, so that all steps of a loop have arrays of one shape.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -90,23 +91,32 @@ class Transformer(nn.Module):
     Raises:
       ValueError: no head_dim is given, and the heads do not divide the width.
     """
+    make = nn.remat(TransformerBlock) if self.remat else TransformerBlock
+    keys_values = []
+    for i in range(self.depth):
+      block = self.block(make, name=f'block_{i}')
+      x, kv = block(x, mask, None if caches is None else caches[i], index)
+      keys_values.append(kv)
+    return x, tuple(keys_values)
+
+  def block(self, make: Callable[..., TransformerBlock] = TransformerBlock, **more: Any) -> Any:
+    """One of the blocks, which differ in their parameters alone.
+
+    Args:
+      make: the class.
+      **more: a module's name or parent.
+    """
     head_dim = self.head_dim
     if head_dim is None:
       head_dim, rest = divmod(self.width, self.num_heads)
       if rest:
         raise ValueError(f'{self.num_heads} heads do not divide a width of {self.width}')
-    make_block = nn.remat(TransformerBlock) if self.remat else TransformerBlock
-    keys_values = []
-    for i in range(self.depth):
-      block = make_block(
-        width=self.width,
-        num_heads=self.num_heads,
-        head_dim=head_dim,
-        mlp_width=4 * self.width if self.mlp_width is None else self.mlp_width,
-        mlp_activation=self.mlp_activation,
-        dtype=self.dtype,
-        name=f'block_{i}',
-      )
-      x, kv = block(x, mask, None if caches is None else caches[i], index)
-      keys_values.append(kv)
-    return x, tuple(keys_values)
+    return make(
+      width=self.width,
+      num_heads=self.num_heads,
+      head_dim=head_dim,
+      mlp_width=4 * self.width if self.mlp_width is None else self.mlp_width,
+      mlp_activation=self.mlp_activation,
+      dtype=self.dtype,
+      **more,
+    )

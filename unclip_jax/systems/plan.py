@@ -22,12 +22,12 @@ from unclip_jax.sharding import (
   DATA_AXIS,
   batch_sharding,
   bytes_per_device,
-  constrain_state,
   described,
   replicated,
   state_shardings,
 )
 from unclip_jax.systems import ahead, bench_figures, bench_subject, requests
+from unclip_jax.systems.fsdp import placed
 from unclip_jax.systems.loading import expected_params
 from unclip_jax.systems.machines import Machine
 from unclip_jax.systems.training import Training, describe_training, make_grad, trained_stages
@@ -244,8 +244,7 @@ class _Step:
       step = make_train_step(
         None, optimizer, recipe.ema_decay, settings.accumulate, grad_fn=grad_fn
       )
-      state, metrics = step(state, batch, key)
-      return constrain_state(state, mesh, settings.fsdp), metrics
+      return placed(step, mesh, settings.fsdp)(state, batch, key)
 
     self._update = jax.jit(update, donate_argnums=0)
 
