@@ -55,9 +55,9 @@ OPTIMIZER = optax.chain(optax.clip_by_global_norm(0.5), optax.sgd(0.5, momentum=
 # Devices, those that share a copy of the parameters, and whether the rest split it as well.
 MESHES = {
   'prior': [(8, 1, True), (8, 2, True), (8, 4, False)],
-  'prior, again': [(8, 2, True)],
+  'prior, again': [(8, 1, True)],
   'clip': [(8, 2, True)],
-  'decoder': [(8, 2, True)],
+  'decoder': [(8, 1, True)],
   'upsampler': [(8, 4, True)],
 }
 
@@ -170,8 +170,9 @@ def train_on_every_mesh(folder):
       losses, state = run.train(run.start)
       np.testing.assert_allclose(losses, wanted_losses, rtol=1e-5, err_msg=f'{stage} {mesh}')
       assert_close(state, wanted)
-      if mesh[2]:
+      if mesh[1:] == (1, True):  # weights and gradients move, and nothing else
         assert set(run.exchanges()) <= {'all-gather', 'all-reduce', 'reduce-scatter'}, stage
+      if mesh[2]:
         assert run.argument_bytes() < 0.35 * one.argument_bytes(), (stage, mesh)
       runs[stage, mesh] = run
     runs[stage, (1, 1, False)] = one
