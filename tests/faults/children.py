@@ -105,7 +105,9 @@ def _serve() -> None:
   import tensorboardX  # noqa: F401
 
   from experiments.emoji import train_upsampler  # noqa: F401
+  from experiments.emoji.compose import load_sprites
 
+  load_sprites(None)  # which takes half of a run that is as short as these
   if threading.active_count() > 1:
     raise RuntimeError(f'threads do not survive a fork: {threading.enumerate()}')
   for line in sys.stdin:

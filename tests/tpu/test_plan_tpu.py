@@ -42,7 +42,8 @@ def test_sampling_on_one_chip_sends_nothing(tmp_path):
 
 def test_what_does_not_fit_says_by_how_much_and_what_to_try(tmp_path):
   out = tmp_path / 'plan.json'
-  status, text, said = run('prior', *TINY, '--batch-size', 2**22, '--json', out)
+  wide = ('--set', 'prior.width=4096', '--batch-size', 2**16)
+  status, text, said = run('prior', *TINY, *wide, '--json', out)
   assert status == 1
   (entry,) = json.loads(out.read_text())['stages']
   assert not entry['fits'] and entry['needed'] > entry['available'] > 15 * 2**30

@@ -109,8 +109,9 @@ class ArPriorNetwork(nn.Module):
     x = jnp.concatenate([prefix, x + self.positions[-k:].astype(self.dtype)[None]], axis=1)
     mask = jnp.pad(mask, ((0, 0), (0, k)), constant_values=True)
     length = x.shape[1]
-    x, _ = self.blocks(x, causal_mask(length, length) & mask[:, None, None, :])
-    return self._logits(x[:, -k:])
+    mask = causal_mask(length, length) & mask[:, None, None, :]
+    x, _ = self.blocks(x, mask, num_last=k)
+    return self._logits(x)
 
   def _prefix(self, text: TextFeatures) -> tuple[Array, Array]:
     """The caption's tokens and z_t, [b, s, width], and which of them are there."""

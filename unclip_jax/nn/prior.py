@@ -92,7 +92,8 @@ class PriorNetwork(nn.Module):
     x = jnp.concatenate([x, self._suffix(z_i_t, self.encode_time(t))], axis=1)
     mask = jnp.pad(mask, ((0, 0), (0, NUM_SUFFIX)), constant_values=True)
     length = x.shape[1]
-    x, _ = self.blocks(x, causal_mask(length, length) & mask[:, None, None, :])
+    mask = causal_mask(length, length) & mask[:, None, None, :]
+    x, _ = self.blocks(x, mask, num_last=1)
     return self._predicted(x)
 
   def _prefix(self, text: TextFeatures) -> tuple[Array, Array]:

@@ -37,6 +37,7 @@ class TransformerBlock(nn.Module):
     mask: Array | None,
     cache: KeyValues | None = None,
     index: Array | None = None,
+    num_last: int | None = None,
   ) -> tuple[Array, KeyValues]:
     """As `Transformer`, of one block."""
     h = LayerNorm(dtype=self.dtype, name='attention_norm')(x)
@@ -48,6 +49,9 @@ class TransformerBlock(nn.Module):
     elif cache is not None:
       k = jnp.concatenate([cache[0], k], axis=1)
       v = jnp.concatenate([cache[1], v], axis=1)
+    if num_last is not None:
+      x, q = x[:, -num_last:], q[:, -num_last:]
+      mask = mask if mask is None else mask[:, :, -num_last:]
     h = attend(q, k, v, mask)
     x = x + nn.DenseGeneral(self.width, axis=(-2, -1), dtype=self.dtype, name='attention_out')(h)
     h = LayerNorm(dtype=self.dtype, name='mlp_norm')(x)
@@ -75,6 +79,7 @@ class Transformer(nn.Module):
     mask: Array | None = None,
     caches: tuple[KeyValues, ...] | None = None,
     index: Array | None = None,
+    num_last: int | None = None,
   ) -> tuple[Array, tuple[KeyValues, ...]]:
     """Runs the blocks.
 
@@ -84,18 +89,23 @@ class Transformer(nn.Module):
       caches: keys and values of s earlier positions, a pair for each block.
       index: int32 scalar; with it the caches have room for all positions, s of them, x is written
         into them from `index` on, and the mask, bool [b or 1, 1, t, s], hides those to come.
+      num_last: how many positions are wanted, at the end; None for all. The last block gives the
+        others no more than keys and values.
 
     Returns:
-      [b, t, width], and for each block the keys and values of all s + t positions, or of s.
+      [b, t or num_last, width], and for each block the keys and values of all s + t positions, or
+      of s.
 
     Raises:
       ValueError: no head_dim is given, and the heads do not divide the width.
     """
-    make = nn.remat(TransformerBlock) if self.remat else TransformerBlock
+    # How many are wanted is no array: the fifth argument, self counted.
+    make = nn.remat(TransformerBlock, static_argnums=(5,)) if self.remat else TransformerBlock
     keys_values = []
     for i in range(self.depth):
       block = self.block(make, name=f'block_{i}')
-      x, kv = block(x, mask, None if caches is None else caches[i], index)
+      cache, is_last = None if caches is None else caches[i], i == self.depth - 1
+      x, kv = block(x, mask, cache, index, num_last if is_last else None)
       keys_values.append(kv)
     return x, tuple(keys_values)
 

@@ -69,19 +69,26 @@ def _in_a_loop(
   mask: Array | None = None,
   caches: tuple[KeyValues, ...] | None = None,
   index: Array | None = None,
+  num_last: int | None = None,
 ) -> tuple[Array, tuple[KeyValues, ...]]:
   """As `Transformer`, of blocks that run again for their gradients."""
-  block, blocks = module.block(parent=None), module.variables['params']
-  stack = functools.partial(jax.tree.map, lambda *leaves: jnp.stack(leaves))
-  params = stack(*(blocks[f'block_{i}'] for i in range(module.depth)))
+  block, blocks, depth = module.block(parent=None), module.variables['params'], module.depth
+  given = [(blocks[f'block_{i}'], None if caches is None else caches[i]) for i in range(depth)]
 
-  def body(x: Array, given: Any) -> tuple[Array, KeyValues]:
+  def run(x: Array, given: Any, num_last: int | None = None) -> tuple[Array, KeyValues]:
     params, cache = given
-    return block.apply({'params': params}, x, mask, cache, index)
+    return block.apply({'params': params}, x, mask, cache, index, num_last)
 
-  given = params, None if caches is None else stack(*caches)
-  x, (k, v) = jax.lax.scan(jax.checkpoint(body, prevent_cse=False), x, given)
-  return x, tuple((k[i], v[i]) for i in range(module.depth))
+  in_loop = depth if num_last is None else depth - 1
+  keys_values = []
+  if in_loop:
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *given[:in_loop])
+    x, (k, v) = jax.lax.scan(jax.checkpoint(run, prevent_cse=False), x, stacked)
+    keys_values += [(k[i], v[i]) for i in range(in_loop)]
+  if in_loop < depth:
+    x, key_value = jax.checkpoint(run, static_argnums=2)(x, given[-1], num_last)
+    keys_values.append(key_value)
+  return x, tuple(keys_values)
 
 
 def _whole(mesh: Mesh, path: str, param: Array, dtype: Any) -> Array:
