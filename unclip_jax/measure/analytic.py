@@ -122,13 +122,13 @@ def training_flops(
       t, width = config.context_length, config.width
       one = _dense(t, config.text_width, width) + 2 * _dense(1, config.embed_dim, width)
       one += 2 * _dense(1, width, width) + _dense(1, width, config.embed_dim)
-      one += _prefixed(t + 1, _SUFFIX, width, config.depth)
+      one += _one_pass(t + 1 + _SUFFIX, 1, width, config.depth)
     case ArPriorConfig():
       t, k, width = config.context_length, config.num_components, config.width
       text_width = config.text_width if config.text is None else config.text.width
       one = 0.0 if config.text is None else _text_flops(config.text)
       one += _dense(t, text_width, width) + _dense(1, config.embed_dim, width)
-      one += _prefixed(t + 1, k, width, config.depth) + _dense(k, width, config.num_buckets)
+      one += _one_pass(t + 1 + k, k, width, config.depth) + _dense(k, width, config.num_buckets)
     case DecoderConfig():
       one = decoder_flops(config, 1, 1, False, text_length)
     case UpsamplerConfig():
@@ -150,11 +150,11 @@ def _clip_flops(config: ClipConfig, batch: int) -> float:
   return flops + _dense(1, vision.width, config.embed_dim) + 2 * _dense(1, config.embed_dim, batch)
 
 
-def _prefixed(prefix: int, suffix: int, width: int, depth: int) -> float:
-  """A Transformer over a prefix, of whose last block only keys and values count, and a suffix."""
-  blocks = (depth - 1) * _block(prefix, prefix, width, 4 * width)
-  blocks += depth * _block(suffix, prefix + suffix, width, 4 * width)
-  return blocks + _dense(prefix, width, 3 * width)
+def _one_pass(length: int, wanted: int, width: int, depth: int) -> float:
+  """A Transformer whose last block gives all but those that are wanted keys and values alone."""
+  blocks = (depth - 1) * _block(length, length, width, 4 * width)
+  blocks += _block(wanted, length, width, 4 * width)
+  return blocks + _dense(length - wanted, width, 3 * width)
 
 
 def _decoder_given(config: DecoderConfig, length: int) -> float:
