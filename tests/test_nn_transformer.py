@@ -140,7 +140,7 @@ def test_cached_prior_equals_uncached():
     uncached = uncached_prior(variables, z_i_t, t, text)
     np.testing.assert_allclose(cached, uncached, atol=1e-5 * float(uncached.std()))
     whole = network.apply(variables, z_i_t, t, text, method='predict')
-    np.testing.assert_allclose(whole, cached, atol=1e-5 * float(uncached.std()))
+    np.testing.assert_allclose(whole, uncached, atol=1e-5 * float(uncached.std()))
 
 
 def test_prior_prefix_is_causal():

@@ -57,7 +57,7 @@ MESHES = {
   'prior': [(8, 1, True), (8, 2, True), (8, 4, False)],
   'prior, again': [(8, 1, True)],
   'clip': [(8, 2, True)],
-  'decoder': [(8, 1, True)],
+  'decoder': [(8, 2, True), (8, 1, True)],
   'upsampler': [(8, 4, True)],
 }
 
