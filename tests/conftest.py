@@ -11,12 +11,17 @@ import tempfile
 import jax
 import pytest
 
+# Programs are traced into some million objects, which a collection finds all in use.
+gc.set_threshold(100_000, 20, 50)
+
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 # Parity is measured in float32 proper, also on accelerators that would round matrix products.
 jax.config.update('jax_default_matmul_precision', 'highest')
 # Most of a test's time is compiling: without LLVM's passes for fast code it is two thirds of that.
 jax.config.update('jax_disable_most_optimizations', True)
 os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'  # and of the processes that tests start
+# XLA's older emitters of loops, and one module for LLVM, halve it again.
+FLAGS = '--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1'
 # The files that take longest, by `--durations`. One of them begun last would keep one worker busy
 # and leave the others with nothing to do.
 LONGEST = (
@@ -49,6 +54,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
   Those that it starts have none of it: one that is killed may leave half of a program.
   """
+  os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {FLAGS}'
   if hasattr(config.option, 'loadscopereorder'):
     config.option.loadscopereorder = False  # pytest-xdist's own order: files of few tests last
   folder = tempfile.mkdtemp(prefix='unclip_jax_programs_')
