@@ -11,6 +11,7 @@ from tiny_stages import normal
 
 from experiments.emoji import common, origin, train_clip, train_decoder, train_prior
 from experiments.emoji.options import parse_options
+from unclip_jax import sharding
 from unclip_jax.config_json import override
 from unclip_jax.configs import ClipConfig, ResNetConfig
 from unclip_jax.nn.layers import l2_normalize
@@ -57,17 +58,17 @@ def parse(*options):
 
 
 def test_the_script_takes_the_gradient_that_it_is_asked_for(monkeypatch):
-  asked = []
+  asked, mesh = [], sharding.make_mesh()
 
   def make(kind):
     return lambda embed, loss, *settings: asked.append((kind, *settings)) or kind
 
   monkeypatch.setattr(train_clip, 'make_sam_grad', make('sam'))
   monkeypatch.setattr(train_clip, 'make_cached_grad', make('cache'))
-  assert train_clip.make_grad(parse('--sam-rho=0.5', '--sam-group=2')) == 'sam'
-  assert train_clip.make_grad(parse('--cache-chunk=2', '--loss-chunk=1')) == 'cache'
-  assert callable(train_clip.make_grad(parse()))
-  assert [settings[:-1] for settings in asked] == [('sam', 0.5, 2), ('cache', 2)]
+  assert train_clip.make_grad(parse('--sam-rho=0.5', '--sam-group=2'), mesh) == 'sam'
+  assert train_clip.make_grad(parse('--cache-chunk=2', '--loss-chunk=1'), mesh) == 'cache'
+  assert callable(train_clip.make_grad(parse(), mesh))
+  assert [settings[:3] for settings in asked] == [('sam', 0.5, 2), ('cache', 2, True)]
 
 
 def test_held_out_pictures_are_classified_without_training_for_it(monkeypatch):

@@ -19,7 +19,8 @@ ON_EIGHT_DEVICES = """
 import functools
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import PartitionSpec as P
-from unclip_jax.sharding import make_mesh, place_batch, replicated
+from unclip_jax.measure.collectives import program_collectives
+from unclip_jax.sharding import apart, make_mesh, place_batch, replicated
 from unclip_jax.stages.clip import contrastive_loss
 from unclip_jax.train.gradient_cache import make_cached_grad
 from unclip_jax.train.sam import make_sam_grad
@@ -75,13 +76,24 @@ assert_close(grad_fn(*placed), wanted)
 by_hand = jax.shard_map(over_devices, mesh=mesh, in_specs=(P(), P('data')), out_specs=P())
 assert_close(jax.jit(jax.value_and_grad(by_hand, has_aux=True))(*placed), wanted)
 
-for make in (make_cached_grad, functools.partial(make_sam_grad, rho=0.3)):
-  size = {'chunk_size' if make is make_cached_grad else 'group_size': 16}
-  grad_fn = jax.jit(make(embed, loss_of_embeddings, **size))
-  wanted = grad_fn(params, batch, key)
-  found = grad_fn(*placed, key)
+grad_fn = jax.jit(make_cached_grad(embed, loss_of_embeddings, 16))
+wanted, found = grad_fn(params, batch, key), grad_fn(*placed, key)
+assert len(found[1]['image'].sharding.device_set) == 8
+assert_close(found, wanted)
+
+# Two groups a device, one, and four groups that are each spread over all devices.
+# What is sent does not depend on how many groups a device has.
+sent = {}
+for size in 4, 8, 16:
+  wanted = jax.jit(make_sam_grad(embed, loss_of_embeddings, 0.3, size))(params, batch, key)
+  there = functools.partial(apart, mesh=mesh)
+  program = jax.jit(make_sam_grad(embed, loss_of_embeddings, 0.3, size, apart=there))
+  program = program.lower(*placed, key).compile()
+  found = program(*placed, key)
   assert len(found[1]['image'].sharding.device_set) == 8
   assert_close(found, wanted)
+  sent[size] = program_collectives(program.as_text(), 8)
+assert sent[4] == sent[8] and {*sent[4]} == {'all-gather', 'all-reduce'}, sent
 
 
 def bytes_of_a_device(n):

@@ -268,6 +268,50 @@ def constrain_batch(batch: Any, mesh: Mesh) -> Any:
   return jax.lax.with_sharding_constraint(batch, batch_sharding(mesh))
 
 
+def apart(fn: Callable[[Any, Any], Any], mesh: Mesh) -> Callable[[Any, Any], Any]:
+  """Inside of a jitted function: `fn(params, groups) -> [n, ...]`, each device on its own groups.
+
+  Args:
+    fn: of parameters, which each device is given whole but for their split over `model`, and of
+      arrays [n, size, ...], of which a device is given n / devices. What it returns of each device
+      is put one after the other.
+    mesh: of `make_mesh`.
+
+  Returns:
+    The same function; where its groups do not divide over the devices each of them is split over
+    all.
+  """
+  num_devices = mesh.shape[DATA_AXIS]
+  split, whole = PartitionSpec(DATA_AXIS), PartitionSpec()
+
+  def call(params: Any, groups: Any) -> Any:
+    n = _batch_size(groups)
+    if n % num_devices:
+
+      def spread(a: Array) -> Array:
+        divides = a.ndim > 1 and a.shape[1] % num_devices == 0
+        spec = PartitionSpec(None, DATA_AXIS) if divides else whole
+        return jax.lax.with_sharding_constraint(a, NamedSharding(mesh, spec))
+
+      return fn(params, jax.tree.map(spread, groups))
+    of_one = jax.shard_map(
+      fn,
+      mesh=mesh,
+      in_specs=(whole, split),
+      out_specs=split,
+      axis_names={DATA_AXIS},
+      check_vma=False,
+    )
+    return of_one(params, groups)
+
+  return call
+
+
+def is_apart() -> bool:
+  """Whether what is traced runs within `apart`: on one device's groups, with whole parameters."""
+  return DATA_AXIS in jax.sharding.get_abstract_mesh().manual_axes
+
+
 def sharded(fn: Callable[[Any, Any], Any], mesh: Mesh) -> Callable[[Any, Any], Any]:
   """Jits `fn(params, batch) -> [b, ...]` with the batch split over the devices.
 

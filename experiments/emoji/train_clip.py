@@ -5,6 +5,7 @@ python -m experiments.emoji.train_clip --run runs/mine --shards 'data/{000..099}
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -33,7 +34,7 @@ from unclip_jax.weights.checkpoint import Checkpoints
 NUM_RETRIEVAL = 200
 
 
-def make_grad(train: TrainConfig) -> GradFn:
+def make_grad(train: TrainConfig, mesh: sharding.Mesh) -> GradFn:
   """The gradient of CLIP's loss that the options ask for: (params, batch, key) -> ..."""
 
   def embed(params, batch, key):
@@ -47,7 +48,8 @@ def make_grad(train: TrainConfig) -> GradFn:
   # Written out, what else would be a loop takes more memory; a CPU has more, and loops slowly.
   unroll = jax.default_backend() == 'cpu'
   if train.sam_rho is not None:
-    return make_sam_grad(embed, loss, train.sam_rho, train.sam_group, unroll)
+    apart = functools.partial(sharding.apart, mesh=mesh)
+    return make_sam_grad(embed, loss, train.sam_rho, train.sam_group, unroll, apart)
   if train.cache_chunk is not None:
     return make_cached_grad(embed, loss, train.cache_chunk, unroll)
   return jax.value_and_grad(
@@ -165,7 +167,7 @@ def main(
     return sharding.constrain_batch(gather(pool, indices, key), mesh)
 
   optimizer = make_optimizer(train.optimizer, train.steps)
-  train_step = common.make_step(train, None, optimizer, make_grad(train))
+  train_step = common.make_step(train, None, optimizer, make_grad(train, mesh))
   updates = common.make_updates(train, train_step, make_batch)
   key_init, key_run = jax.random.split(jax.random.key(train.seed))
   params = sharding.make_state(lambda: clip.init(train.config.clip, key_init), mesh, train.fsdp)

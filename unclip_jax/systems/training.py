@@ -1,5 +1,6 @@
 """How each stage trains, from its config alone: what a step is given, by shapes, and its loss."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from unclip_jax.configs import (
 )
 from unclip_jax.nn.clip import TextFeatures
 from unclip_jax.stages import ar_prior, clip, decoder, diffusion_prior, upsampler
+from unclip_jax.sharding import Mesh, apart
 from unclip_jax.systems.loading import expected_params
 from unclip_jax.train.gradient_cache import EmbedFn
 from unclip_jax.train.presets import Recipe
@@ -50,13 +52,16 @@ class Training(NamedTuple):
   embed_fn: EmbedFn | None = None
 
 
-def make_grad(training: Training, recipe: Recipe, constants: dict[str, Any]) -> GradFn:
+def make_grad(
+  training: Training, recipe: Recipe, constants: dict[str, Any], mesh: Mesh | None = None
+) -> GradFn:
   """The gradient of a stage's loss: (params, batch, key) -> ((loss, metrics), gradient).
 
   Args:
     training: of the stage.
     recipe: by which it trains, with SAM or without.
     constants: the arrays that `training.constants` describes.
+    mesh: of the devices, for what each of them does by itself.
 
   Raises:
     UnclipError: SAM is asked of a loss that is a mean over examples.
@@ -69,6 +74,7 @@ def make_grad(training: Training, recipe: Recipe, constants: dict[str, Any]) -> 
       lambda params, embeddings: clip.loss_of_embeddings(params, *embeddings),
       recipe.sam_rho,
       recipe.sam_group,
+      **({} if mesh is None else {'apart': functools.partial(apart, mesh=mesh)}),
     )
   return jax.value_and_grad(
     lambda params, batch, key: training.loss_fn(params, constants, batch, key), has_aux=True

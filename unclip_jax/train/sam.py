@@ -19,6 +19,9 @@ Where L is a mean over examples this is the mean over groups of SAM's gradients 
 takes of the parameters itself (the temperature) belongs to no group and is not perturbed.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -28,13 +31,14 @@ from unclip_jax.train.gradient_cache import (
   EmbeddingsLossFn,
   EmbedFn,
   chunk_keys,
-  join_batch,
   map_chunks,
-  split_batch,
   sum_chunks,
 )
 from unclip_jax.train.state import Batch, GradFn, Metrics
 from unclip_jax.types import Array, Params, UnclipError
+
+# (fn(params, groups [n, ...]) -> [n, ...]) -> the same function, each device on groups of its own.
+Apart = Callable[[Callable[[Params, Any], Any]], Callable[[Params, Any], Any]]
 
 SMALLEST_NORM = 1e-30  # with less, a group is at a stationary point and has no direction to go
 
@@ -45,6 +49,7 @@ def make_sam_grad(
   rho: float = 0.1,
   group_size: int = 64,
   unroll: bool = False,
+  apart: Apart = lambda fn: fn,
 ) -> GradFn:
   """Returns the gradient of SAM of `loss_fn(params, embed_fn(params, batch, key))`.
 
@@ -59,10 +64,10 @@ def make_sam_grad(
       group has a key of its own, the same in all passes.
     loss_fn: (params, embeddings of the whole batch) -> (loss [], metrics of scalars).
     rho: length of the perturbation of a group; with 0 the gradient is the plain one.
-    group_size: m, the examples that share a perturbation; a divisor of the batch. Of n groups each
-      takes every nth example, wherever it lies, so that the result does not depend on the devices.
-      A group is spread over them: up to `group_size` of them are of use.
+    group_size: m, the examples that share a perturbation, neighbours in the batch; a divisor of it.
     unroll: whether the groups are written out rather than looped over, see `make_cached_grad`.
+    apart: where the groups run. As it is one is taken after the other, on all devices;
+      `sharding.apart` lets each device take its own, with all parameters. The result is the same.
 
   Returns:
     (params, batch, key) -> ((loss, metrics), gradient). Loss and metrics are those of `params`,
@@ -80,27 +85,53 @@ def make_sam_grad(
     return jax.tree.map(lambda p, g: p + (rho / norm * g).astype(p.dtype), params, share)
 
   def grad_fn(params: Params, batch: Batch, key: Array) -> tuple[tuple[Array, Metrics], Params]:
-    groups = split_batch(batch, group_size, 'SAM')
+    groups = _split(batch, group_size)
     keys = chunk_keys(key, groups)
     grad_of_loss = jax.value_and_grad(loss_fn, (0, 1), has_aux=True)
-    embeddings = map_chunks(lambda rows, key: embed_fn(params, rows, key), (groups, keys), unroll)
-    aux, (_, at_params) = grad_of_loss(params, join_batch(embeddings))
-    at_params = split_batch(at_params, group_size, 'SAM')
 
-    def embed_perturbed(rows: Batch, key: Array, cotangent: Embeddings) -> Embeddings:
-      return embed_fn(perturbed(params, rows, key, cotangent), rows, key)
+    def embed(params: Params, parts: Any) -> Embeddings:
+      return map_chunks(lambda rows, key: embed_fn(params, rows, key), parts, unroll)
 
-    embeddings = map_chunks(embed_perturbed, (groups, keys, at_params), unroll)
-    _, (direct, at_perturbed) = grad_of_loss(params, join_batch(embeddings))
-    at_perturbed = split_batch(at_perturbed, group_size, 'SAM')
+    embeddings = apart(embed)(params, (groups, keys))
+    aux, (_, at_params) = grad_of_loss(params, _join(embeddings))
+    at_params = _split(at_params, group_size)
 
-    def grad_of_group(
-      rows: Batch, key: Array, at_params: Embeddings, at_perturbed: Embeddings
-    ) -> Params:
-      there = perturbed(params, rows, key, at_params)
-      return jax.vjp(lambda p: embed_fn(p, rows, key), there)[1](at_perturbed)[0]
+    def embed_perturbed(params: Params, parts: Any) -> Embeddings:
+      def of_group(rows: Batch, key: Array, cotangent: Embeddings) -> Embeddings:
+        return embed_fn(perturbed(params, rows, key, cotangent), rows, key)
 
-    parts = (groups, keys, at_params, at_perturbed)
-    return aux, sum_chunks(grad_of_group, parts, direct, unroll)
+      return map_chunks(of_group, parts, unroll)
+
+    embeddings = apart(embed_perturbed)(params, (groups, keys, at_params))
+    _, (direct, at_perturbed) = grad_of_loss(params, _join(embeddings))
+    at_perturbed = _split(at_perturbed, group_size)
+
+    def gradient(params: Params, parts: Any) -> Params:
+      def of_group(
+        rows: Batch, key: Array, at_params: Embeddings, at_perturbed: Embeddings
+      ) -> Params:
+        there = perturbed(params, rows, key, at_params)
+        return jax.vjp(lambda p: embed_fn(p, rows, key), there)[1](at_perturbed)[0]
+
+      total = sum_chunks(of_group, parts, jax.tree.map(jnp.zeros_like, params), unroll)
+      return jax.tree.map(lambda g: g[None], total)
+
+    of_devices = apart(gradient)(params, (groups, keys, at_params, at_perturbed))
+    return aux, jax.tree.map(lambda d, g: d + g.sum(axis=0), direct, of_devices)
 
   return grad_fn
+
+
+def _split(batch: Batch, size: int) -> Batch:
+  """Arrays [b, ...] as groups of neighbours [b / size, size, ...]."""
+  b = jax.tree.leaves(batch)[0].shape[0]
+  if size < 1 or b % size:
+    raise UnclipError(
+      f'SAM: a batch of {b} cannot be split into groups of {size}: take a divisor of {b}'
+    )
+  return jax.tree.map(lambda a: a.reshape(b // size, size, *a.shape[1:]), batch)
+
+
+def _join(groups: Batch) -> Batch:
+  """The inverse of `_split`."""
+  return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), groups)
