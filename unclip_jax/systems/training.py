@@ -17,8 +17,8 @@ from unclip_jax.configs import (
   UpsamplerConfig,
 )
 from unclip_jax.nn.clip import TextFeatures
-from unclip_jax.stages import ar_prior, clip, decoder, diffusion_prior, upsampler
 from unclip_jax.sharding import Mesh, apart
+from unclip_jax.stages import ar_prior, clip, decoder, diffusion_prior, upsampler
 from unclip_jax.systems.loading import expected_params
 from unclip_jax.train.gradient_cache import EmbedFn
 from unclip_jax.train.presets import Recipe
