@@ -20,8 +20,11 @@ jax.config.update('jax_default_matmul_precision', 'highest')
 # Most of a test's time is compiling: without LLVM's passes for fast code it is two thirds of that.
 jax.config.update('jax_disable_most_optimizations', True)
 os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'  # and of the processes that tests start
-# XLA's older emitters of loops, and one module for LLVM, halve it again.
-FLAGS = '--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1'
+# One module for LLVM, and XLA's older emitters of loops, while there are any, halve it again.
+FLAGS = ['--xla_cpu_parallel_codegen_split_count=1']
+if jax.__version_info__ < (0, 11):
+  FLAGS.append('--xla_cpu_use_fusion_emitters=false')
+os.environ['XLA_FLAGS'] = ' '.join([os.environ.get('XLA_FLAGS', ''), *FLAGS])
 # The files that take longest, by `--durations`. One of them begun last would keep one worker busy
 # and leave the others with nothing to do.
 LONGEST = (
@@ -54,7 +57,6 @@ def pytest_configure(config: pytest.Config) -> None:
 
   Those that it starts have none of it: one that is killed may leave half of a program.
   """
-  os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {FLAGS}'
   if hasattr(config.option, 'loadscopereorder'):
     config.option.loadscopereorder = False  # pytest-xdist's own order: files of few tests last
   folder = tempfile.mkdtemp(prefix='unclip_jax_programs_')

@@ -27,7 +27,7 @@ def environment(cache: Path, num_devices: int = 1, level: int = 3, **more: str) 
 
   Code of level 0 is compiled sooner.
   """
-  flags = f'--xla_force_host_platform_device_count={num_devices}'
+  flags = f'{os.environ["XLA_FLAGS"]} --xla_force_host_platform_device_count={num_devices}'
   return os.environ | {
     'PYTHONPATH': str(ROOT),
     'JAX_PLATFORMS': 'cpu',
@@ -78,7 +78,7 @@ def in_a_process(function: Callable[..., None], *arguments: object, num_devices:
     'JAX_COMPILATION_CACHE_DIR': jax.config.jax_compilation_cache_dir,
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
     # Code that runs for a moment need not be fast.
-    'XLA_FLAGS': f'--xla_force_host_platform_device_count={num_devices} '
+    'XLA_FLAGS': f'{os.environ["XLA_FLAGS"]} --xla_force_host_platform_device_count={num_devices} '
     '--xla_backend_optimization_level=0',
   }
   process = start_function(function, *arguments, env=env)

@@ -47,7 +47,7 @@ def run(folder, devices, *commands):
   env = os.environ | {
     'JAX_PLATFORMS': 'cpu',
     'JAX_COMPILATION_CACHE_DIR': str(folder / 'cache'),
-    'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+    'XLA_FLAGS': f'{os.environ["XLA_FLAGS"]} --xla_force_host_platform_device_count={devices}',
   }
   if devices > 1:
     more = ('--devices', str(devices), '--model-devices', '2')

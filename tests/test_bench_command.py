@@ -76,7 +76,7 @@ main([*small, *'clip --batch-sizes 3 --devices 1 2'.split(), '--json', {str(path
 shared = '--batch-sizes 1 --steps 1 1 1 --devices 2 --model-devices 2'
 main([*small, 'prior', 'end_to_end', *shared.split(), '--json', {str(tmp_path / 'b.json')!r}])
 """
-  flags = '--xla_force_host_platform_device_count=2'
+  flags = f'{os.environ["XLA_FLAGS"]} --xla_force_host_platform_device_count=2'
   environment = {**os.environ, 'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'}
   done = subprocess.run(
     [sys.executable, '-c', code], cwd=ROOT, env=environment, capture_output=True, text=True

@@ -192,7 +192,10 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path):
       checkpoints.save(step, make_state()._replace(step=jnp.int32(step)))
   # In a process of its own: TensorStore calls back late into what it abandoned, which pytest would
   # hold against whichever test runs by then.
-  env = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '--xla_backend_optimization_level=0'}
+  env = os.environ | {
+    'JAX_PLATFORMS': 'cpu',
+    'XLA_FLAGS': f'{os.environ["XLA_FLAGS"]} --xla_backend_optimization_level=0',
+  }
   said, errors = start_function(damage_and_restore, tmp_path, env=env).communicate()
   assert said.split('\n')[:-1] == [f'{change.__name__} {name}' for change, name in DAMAGES], errors
 

@@ -188,7 +188,7 @@ def test_chunks_that_do_not_divide_the_batch_are_refused(chunk_size):
 def test_loss_cache_and_sam_on_eight_devices_are_those_of_one():
   env = os.environ | {
     'JAX_PLATFORMS': 'cpu',
-    'XLA_FLAGS': '--xla_force_host_platform_device_count=8',
+    'XLA_FLAGS': f'{os.environ["XLA_FLAGS"]} --xla_force_host_platform_device_count=8',
   }
   done = subprocess.run(
     [sys.executable, '-c', ON_EIGHT_DEVICES], env=env, capture_output=True, text=True, check=False

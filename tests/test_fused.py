@@ -156,7 +156,7 @@ def test_two_devices_draw_what_one_draws_though_three_do_not_divide(model, tmp_p
   env = os.environ | {
     'PYTHONPATH': str(ROOT),
     'JAX_PLATFORMS': 'cpu',
-    'XLA_FLAGS': '--xla_force_host_platform_device_count=2',
+    'XLA_FLAGS': f'{os.environ["XLA_FLAGS"]} --xla_force_host_platform_device_count=2',
   }
   command = [sys.executable, '-c', SHARDED, *TEXTS]
   done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)

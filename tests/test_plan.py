@@ -157,7 +157,7 @@ def on_gpus(tmp_path_factory):
     out = tmp_path_factory.mktemp('plan') / f'{i}.json'
     args = ('prior', '--preset', 'tiny', '--gpus', 'h100:4', '--batch-size', 8, '--json', out)
     sizes = ('--set', 'prior.depth=1', '--set', 'prior.width=128')
-    flags = '--xla_backend_optimization_level=0'
+    flags = f'{os.environ["XLA_FLAGS"]} --xla_backend_optimization_level=0'
     status, text, said = run(*args, *sizes, *more, '--price', 2, XLA_FLAGS=flags)
     assert status == 0, said
     found.append((text, json.loads(out.read_text())))

@@ -3,6 +3,8 @@
 Eight virtual CPU devices, hence processes of their own, which call functions of this module.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +29,7 @@ from unclip_jax.sharding import (
 )
 from unclip_jax.stages import clip, decoder, diffusion_prior, upsampler
 from unclip_jax.systems.fsdp import placed
+from unclip_jax.train.sam import make_sam_grad
 from unclip_jax.train.state import init_state, make_train_step
 from unclip_jax.types import UnclipError
 from unclip_jax.weights.checkpoint import Checkpoints
@@ -57,6 +60,7 @@ MESHES = {
   'prior': [(8, 1, True), (8, 2, True), (8, 4, False)],
   'prior, again': [(8, 1, True)],
   'clip': [(8, 2, True)],
+  'clip, SAM': [(8, 1, True), (8, 2, True)],
   'decoder': [(8, 2, True), (8, 1, True)],
   'upsampler': [(8, 4, True)],
 }
@@ -71,6 +75,20 @@ def make_batch():
 def clip_loss(params, batch, key):
   text = batch['text']
   return clip.loss(SMALL.clip, params, batch['image'], text.ids, text.mask)
+
+
+def sam_grad(mesh):
+  """Of groups of one example: each device has one or two."""
+
+  def embed(params, batch, key):
+    text = batch['text']
+    return clip.embed(SMALL.clip, params, batch['image'], text.ids, text.mask)
+
+  def loss(params, embeddings):
+    return clip.loss_of_embeddings(params, *embeddings)
+
+  apart = functools.partial(sharding.apart, mesh=mesh)
+  return make_sam_grad(embed, loss, 0.05, group_size=1, apart=apart)
 
 
 def prior_loss(params, batch, key):
@@ -95,6 +113,7 @@ def upsampler_loss(params, batch, key):
 
 STAGES = {
   'clip': (clip, SMALL.clip, clip_loss),
+  'clip, SAM': (clip, SMALL.clip, None),
   'prior': (diffusion_prior, SMALL.prior, prior_loss),
   'prior, again': (diffusion_prior, TWO_BLOCKS, again_loss),
   'decoder': (decoder, SMALL.decoder, decoder_loss),
@@ -115,7 +134,8 @@ class Run:
     self.batch = place_batch(make_batch(), self.mesh)
     self.key = jax.device_put(jax.random.key(4), replicated(self.mesh))
     self.start = self.place(fresh_state(stage))
-    step = make_train_step(STAGES[stage][2], OPTIMIZER, 0.9)
+    grad_fn = sam_grad(self.mesh) if stage == 'clip, SAM' else None
+    step = make_train_step(STAGES[stage][2], OPTIMIZER, 0.9, grad_fn=grad_fn)
     update = placed(step, self.mesh, fsdp)
     self.program = jax.jit(update).lower(self.start, self.batch, self.key).compile()
 
@@ -162,7 +182,7 @@ def train_on_every_mesh(folder):
   for stage, meshes in MESHES.items():
     one = Run(stage, 1, 1, False)
     wanted_losses, wanted = one.train(one.start)
-    assert len({round(loss, 3) for loss in wanted_losses}) == NUM_STEPS, wanted_losses
+    assert len({round(loss, 4) for loss in wanted_losses}) == NUM_STEPS, wanted_losses
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), wanted.params, one.start.params)
     assert all(change > 1e-6 for change in jax.tree.leaves(moved)), moved
     for mesh in meshes:

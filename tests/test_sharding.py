@@ -121,7 +121,7 @@ print('done')
 def on_eight_devices(script: str, *arguments: str) -> None:
   env = os.environ | {
     'JAX_PLATFORMS': 'cpu',
-    'XLA_FLAGS': '--xla_force_host_platform_device_count=8',
+    'XLA_FLAGS': f'{os.environ["XLA_FLAGS"]} --xla_force_host_platform_device_count=8',
   }
   done = subprocess.run(
     [sys.executable, '-c', script, *arguments], env=env, capture_output=True, text=True, check=False

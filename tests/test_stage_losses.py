@@ -308,7 +308,7 @@ def test_contrastive_loss_over_four_devices_is_that_of_one():
   """
   environment = {
     **os.environ,
-    'XLA_FLAGS': '--xla_force_host_platform_device_count=4',
+    'XLA_FLAGS': f'{os.environ["XLA_FLAGS"]} --xla_force_host_platform_device_count=4',
     'JAX_PLATFORMS': 'cpu',
   }
   result = subprocess.run(

@@ -147,7 +147,7 @@ def test_several_devices_draw_what_one_draws(model, tmp_path):
   env = os.environ | {
     'PYTHONPATH': str(ROOT),
     'JAX_PLATFORMS': 'cpu',
-    'XLA_FLAGS': '--xla_force_host_platform_device_count=4',
+    'XLA_FLAGS': f'{os.environ["XLA_FLAGS"]} --xla_force_host_platform_device_count=4',
   }
   command = [sys.executable, '-c', SHARDED, APPLE, ROCKET]
   done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)

@@ -70,7 +70,7 @@ class Children:
       'PYTHONPATH': str(ROOT),
       'JAX_PLATFORMS': 'cpu',
       'JAX_COMPILATION_CACHE_DIR': str(folder / 'programs'),
-      'XLA_FLAGS': '--xla_backend_optimization_level=0',
+      'XLA_FLAGS': f'{os.environ["XLA_FLAGS"]} --xla_backend_optimization_level=0',
     }
     self._process = subprocess.Popen(
       [sys.executable, __file__],
