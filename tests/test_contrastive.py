@@ -86,7 +86,7 @@ assert_close(found, wanted)
 sent = {}
 for size in 4, 8, 16:
   wanted = jax.jit(make_sam_grad(embed, loss_of_embeddings, 0.3, size))(params, batch, key)
-  there = functools.partial(apart, mesh=mesh)
+  there = functools.partial(apart, mesh=mesh, fsdp=False)
   program = jax.jit(make_sam_grad(embed, loss_of_embeddings, 0.3, size, apart=there))
   program = program.lower(*placed, key).compile()
   found = program(*placed, key)

@@ -77,7 +77,7 @@ def clip_loss(params, batch, key):
   return clip.loss(SMALL.clip, params, batch['image'], text.ids, text.mask)
 
 
-def sam_grad(mesh):
+def sam_grad(mesh, fsdp):
   """Of groups of one example: each device has one or two."""
 
   def embed(params, batch, key):
@@ -87,7 +87,7 @@ def sam_grad(mesh):
   def loss(params, embeddings):
     return clip.loss_of_embeddings(params, *embeddings)
 
-  apart = functools.partial(sharding.apart, mesh=mesh)
+  apart = functools.partial(sharding.apart, mesh=mesh, fsdp=fsdp)
   return make_sam_grad(embed, loss, 0.05, group_size=1, apart=apart)
 
 
@@ -134,7 +134,7 @@ class Run:
     self.batch = place_batch(make_batch(), self.mesh)
     self.key = jax.device_put(jax.random.key(4), replicated(self.mesh))
     self.start = self.place(fresh_state(stage))
-    grad_fn = sam_grad(self.mesh) if stage == 'clip, SAM' else None
+    grad_fn = sam_grad(self.mesh, fsdp) if stage == 'clip, SAM' else None
     step = make_train_step(STAGES[stage][2], OPTIMIZER, 0.9, grad_fn=grad_fn)
     update = placed(step, self.mesh, fsdp)
     self.program = jax.jit(update).lower(self.start, self.batch, self.key).compile()

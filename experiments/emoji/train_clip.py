@@ -48,8 +48,9 @@ def make_grad(train: TrainConfig, mesh: sharding.Mesh) -> GradFn:
   # Written out, what else would be a loop takes more memory; a CPU has more, and loops slowly.
   unroll = jax.default_backend() == 'cpu'
   if train.sam_rho is not None:
-    apart = functools.partial(sharding.apart, mesh=mesh)
-    return make_sam_grad(embed, loss, train.sam_rho, train.sam_group, unroll, apart)
+    apart = functools.partial(sharding.apart, mesh=mesh, fsdp=train.fsdp)
+    settings = train.sam_rho, train.sam_group, unroll, apart, train.dtype
+    return make_sam_grad(embed, loss, *settings)
   if train.cache_chunk is not None:
     return make_cached_grad(embed, loss, train.cache_chunk, unroll)
   return jax.value_and_grad(

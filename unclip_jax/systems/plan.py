@@ -240,7 +240,7 @@ class _Step:
     self._constants, self._key = described((training.constants, key), replicated(mesh))
 
     def update(state: Any, constants: Any, batch: Any, key: Any) -> Any:
-      grad_fn = make_grad(training, recipe, constants, mesh)
+      grad_fn = make_grad(training, recipe, constants, mesh, settings.fsdp)
       step = make_train_step(
         None, optimizer, recipe.ema_decay, settings.accumulate, grad_fn=grad_fn
       )

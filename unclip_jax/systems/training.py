@@ -35,6 +35,7 @@ class Training(NamedTuple):
   Attributes:
     stage: its name.
     config: its own.
+    dtype: what the network computes in.
     params: what updates change, float32.
     constants: what else the loss is given, the same at each step: statistics, the empty caption.
     batch: a dict of pytrees of arrays [b, ...].
@@ -45,6 +46,7 @@ class Training(NamedTuple):
 
   stage: str
   config: Any
+  dtype: Any
   params: Params
   constants: dict[str, Any]
   batch: dict[str, Any]
@@ -53,7 +55,11 @@ class Training(NamedTuple):
 
 
 def make_grad(
-  training: Training, recipe: Recipe, constants: dict[str, Any], mesh: Mesh | None = None
+  training: Training,
+  recipe: Recipe,
+  constants: dict[str, Any],
+  mesh: Mesh | None = None,
+  fsdp: bool = False,
 ) -> GradFn:
   """The gradient of a stage's loss: (params, batch, key) -> ((loss, metrics), gradient).
 
@@ -62,6 +68,7 @@ def make_grad(
     recipe: by which it trains, with SAM or without.
     constants: the arrays that `training.constants` describes.
     mesh: of the devices, for what each of them does by itself.
+    fsdp: whether the parameters are split over its `data` axis.
 
   Raises:
     UnclipError: SAM is asked of a loss that is a mean over examples.
@@ -74,7 +81,8 @@ def make_grad(
       lambda params, embeddings: clip.loss_of_embeddings(params, *embeddings),
       recipe.sam_rho,
       recipe.sam_group,
-      **({} if mesh is None else {'apart': functools.partial(apart, mesh=mesh)}),
+      dtype=training.dtype,
+      **({} if mesh is None else {'apart': functools.partial(apart, mesh=mesh, fsdp=fsdp)}),
     )
   return jax.value_and_grad(
     lambda params, batch, key: training.loss_fn(params, constants, batch, key), has_aux=True
@@ -128,7 +136,7 @@ def describe_training(
       given = _decoder(own, config.clip.text, batch_size, dtype, remat)
     case _:
       given = _upsampler(own, batch_size, dtype, remat)
-  return Training(stage, own, params, *given)
+  return Training(stage, own, dtype, params, *given)
 
 
 def _clip(own: ClipConfig, b: int, dtype: Any, remat: bool) -> Any:

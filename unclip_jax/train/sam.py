@@ -19,6 +19,7 @@ Where L is a mean over examples this is the mean over groups of SAM's gradients 
 takes of the parameters itself (the temperature) belongs to no group and is not perturbed.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -37,10 +38,26 @@ from unclip_jax.train.gradient_cache import (
 from unclip_jax.train.state import Batch, GradFn, Metrics
 from unclip_jax.types import Array, Params, UnclipError
 
-# (fn(params, groups [n, ...]) -> [n, ...]) -> the same function, each device on groups of its own.
-Apart = Callable[[Callable[[Params, Any], Any]], Callable[[Params, Any], Any]]
+# Where groups run: (fn(parts, params, groups), sums) -> (params, groups) -> what fn returns, as
+# `sharding.apart` describes it.
+Apart = Callable[..., Callable[[Params, Any], Any]]
 
 SMALLEST_NORM = 1e-30  # with less, a group is at a stationary point and has no direction to go
+
+
+class _Whole:
+  """The parts of a device that has all."""
+
+  @staticmethod
+  def whole(tree: Params) -> Params:
+    return tree
+
+  scattered = whole
+
+
+def _together(fn: Callable[[Any, Params, Any], Any], sums: bool) -> Callable[[Params, Any], Any]:
+  del sums
+  return functools.partial(fn, _Whole)
 
 
 def make_sam_grad(
@@ -49,7 +66,8 @@ def make_sam_grad(
   rho: float = 0.1,
   group_size: int = 64,
   unroll: bool = False,
-  apart: Apart = lambda fn: fn,
+  apart: Apart = _together,
+  dtype: Any = jnp.float32,
 ) -> GradFn:
   """Returns the gradient of SAM of `loss_fn(params, embed_fn(params, batch, key))`.
 
@@ -68,6 +86,8 @@ def make_sam_grad(
     unroll: whether the groups are written out rather than looped over, see `make_cached_grad`.
     apart: where the groups run. As it is one is taken after the other, on all devices;
       `sharding.apart` lets each device take its own, with all parameters. The result is the same.
+    dtype: in which a group's parameters and their gradient are kept, that of the network. They are
+      perturbed in float32.
 
   Returns:
     (params, batch, key) -> ((loss, metrics), gradient). Loss and metrics are those of `params`,
@@ -79,45 +99,54 @@ def make_sam_grad(
   if not rho >= 0:
     raise UnclipError(f'SAM: a perturbation of length {rho}: take 0 or more')
 
-  def perturbed(params: Params, rows: Batch, key: Array, cotangent: Embeddings) -> Params:
-    share = jax.vjp(lambda p: embed_fn(p, rows, key), params)[1](cotangent)[0]
-    norm = jnp.maximum(optax.tree.norm(share), SMALLEST_NORM)
-    return jax.tree.map(lambda p, g: p + (rho / norm * g).astype(p.dtype), params, share)
+  def cast(params: Params) -> Params:
+    # Small ones, of norms say, take no memory, and networks compute with them in float32.
+    return jax.tree.map(lambda p: p.astype(dtype) if p.ndim > 1 else p, params)
+
+  def perturbed(
+    parts: Any, params: Params, rows: Batch, key: Array, cotangent: Embeddings
+  ) -> Params:
+    """The parameters of a group, all of them, of those that the device has."""
+    share = jax.vjp(lambda p: embed_fn(p, rows, key), parts.whole(cast(params)))[1](cotangent)[0]
+    share = jax.tree.map(lambda g: g.astype(jnp.float32), share)
+    step = rho / jnp.maximum(optax.tree.norm(share), SMALLEST_NORM)
+    return cast(jax.tree.map(lambda p, g: p + step * g, parts.whole(params), share))
 
   def grad_fn(params: Params, batch: Batch, key: Array) -> tuple[tuple[Array, Metrics], Params]:
     groups = _split(batch, group_size)
     keys = chunk_keys(key, groups)
     grad_of_loss = jax.value_and_grad(loss_fn, (0, 1), has_aux=True)
 
-    def embed(params: Params, parts: Any) -> Embeddings:
-      return map_chunks(lambda rows, key: embed_fn(params, rows, key), parts, unroll)
+    def embed(parts: Any, params: Params, given: Any) -> Embeddings:
+      whole = parts.whole(cast(params))
+      return map_chunks(lambda rows, key: embed_fn(whole, rows, key), given, unroll)
 
-    embeddings = apart(embed)(params, (groups, keys))
+    embeddings = apart(embed, sums=False)(params, (groups, keys))
     aux, (_, at_params) = grad_of_loss(params, _join(embeddings))
     at_params = _split(at_params, group_size)
 
-    def embed_perturbed(params: Params, parts: Any) -> Embeddings:
+    def embed_perturbed(parts: Any, params: Params, given: Any) -> Embeddings:
       def of_group(rows: Batch, key: Array, cotangent: Embeddings) -> Embeddings:
-        return embed_fn(perturbed(params, rows, key, cotangent), rows, key)
+        return embed_fn(perturbed(parts, params, rows, key, cotangent), rows, key)
 
-      return map_chunks(of_group, parts, unroll)
+      return map_chunks(of_group, given, unroll)
 
-    embeddings = apart(embed_perturbed)(params, (groups, keys, at_params))
+    embeddings = apart(embed_perturbed, sums=False)(params, (groups, keys, at_params))
     _, (direct, at_perturbed) = grad_of_loss(params, _join(embeddings))
     at_perturbed = _split(at_perturbed, group_size)
 
-    def gradient(params: Params, parts: Any) -> Params:
+    def gradient(parts: Any, params: Params, given: Any) -> Params:
       def of_group(
         rows: Batch, key: Array, at_params: Embeddings, at_perturbed: Embeddings
       ) -> Params:
-        there = perturbed(params, rows, key, at_params)
-        return jax.vjp(lambda p: embed_fn(p, rows, key), there)[1](at_perturbed)[0]
+        there = perturbed(parts, params, rows, key, at_params)
+        whole = jax.vjp(lambda p: embed_fn(p, rows, key), there)[1](at_perturbed)[0]
+        return parts.scattered(jax.tree.map(lambda g: g.astype(jnp.float32), whole))
 
-      total = sum_chunks(of_group, parts, jax.tree.map(jnp.zeros_like, params), unroll)
-      return jax.tree.map(lambda g: g[None], total)
+      return sum_chunks(of_group, given, jax.tree.map(jnp.zeros_like, params), unroll)
 
-    of_devices = apart(gradient)(params, (groups, keys, at_params, at_perturbed))
-    return aux, jax.tree.map(lambda d, g: d + g.sum(axis=0), direct, of_devices)
+    given = (groups, keys, at_params, at_perturbed)
+    return aux, jax.tree.map(jnp.add, direct, apart(gradient, sums=True)(params, given))
 
   return grad_fn
 
