@@ -83,7 +83,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
   parser.add_argument('--model', default='default', help="a folder, or a hub's owner/name")
   parser.add_argument('--out', required=True, help='a folder; gs:// works')
   parser.add_argument('--dtype', choices=['float32', 'bfloat16'], default='float32')
-  parser.add_argument('--with', nargs='*', dest='extras', choices=WITH, default=['z_t', 'tokens'])
+  parser.add_argument('--with', nargs='*', dest='extras', choices=WITH, default=[*WITH])
   parser.add_argument('--batch-size', type=int, default=256)
   parser.add_argument('--examples-per-shard', type=int, default=8192)
   parser.add_argument('--workers', type=int, default=0, help='processes that decode')

@@ -61,14 +61,23 @@ def test_the_script_takes_the_gradient_that_it_is_asked_for(monkeypatch):
   asked, mesh = [], sharding.make_mesh()
 
   def make(kind):
-    return lambda embed, loss, *settings: asked.append((kind, *settings)) or kind
+    return lambda embed, loss, *args, **settings: asked.append((kind, *args, settings)) or kind
 
   monkeypatch.setattr(train_clip, 'make_sam_grad', make('sam'))
   monkeypatch.setattr(train_clip, 'make_cached_grad', make('cache'))
-  assert train_clip.make_grad(parse('--sam-rho=0.5', '--sam-group=2'), mesh) == 'sam'
+  assert (
+    train_clip.make_grad(
+      parse('--sam-rho=0.5', '--sam-group=2', '--fsdp', '--dtype=bfloat16'), mesh
+    )
+    == 'sam'
+  )
   assert train_clip.make_grad(parse('--cache-chunk=2', '--loss-chunk=1'), mesh) == 'cache'
   assert callable(train_clip.make_grad(parse(), mesh))
-  assert [settings[:3] for settings in asked] == [('sam', 0.5, 2), ('cache', 2, True)]
+  (_, sam), cache = asked
+  given = sam.pop('apart').keywords
+  assert sam == {'rho': 0.5, 'group_size': 2, 'unroll': True, 'dtype': jnp.bfloat16}
+  assert given == {'mesh': mesh, 'fsdp': True}
+  assert cache == ('cache', 2, True, {})
 
 
 def test_held_out_pictures_are_classified_without_training_for_it(monkeypatch):

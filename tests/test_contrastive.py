@@ -20,8 +20,9 @@ import functools
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import PartitionSpec as P
 from unclip_jax.measure.collectives import program_collectives
-from unclip_jax.sharding import apart, make_mesh, place_batch, replicated
+from unclip_jax.sharding import make_mesh, place_batch, replicated
 from unclip_jax.stages.clip import contrastive_loss
+from unclip_jax.systems.apart import make_apart
 from unclip_jax.train.gradient_cache import make_cached_grad
 from unclip_jax.train.sam import make_sam_grad
 
@@ -86,7 +87,7 @@ assert_close(found, wanted)
 sent = {}
 for size in 4, 8, 16:
   wanted = jax.jit(make_sam_grad(embed, loss_of_embeddings, 0.3, size))(params, batch, key)
-  there = functools.partial(apart, mesh=mesh, fsdp=False)
+  there = make_apart(mesh, False)
   program = jax.jit(make_sam_grad(embed, loss_of_embeddings, 0.3, size, apart=there))
   program = program.lower(*placed, key).compile()
   found = program(*placed, key)

@@ -55,7 +55,7 @@ def arguments(place: Path, out: Path, *more: object) -> list[str]:
 @pytest.fixture(scope='module')
 def whole(place, model):
   out = place / 'whole'
-  embed_dataset.main(arguments(place, out, '--with', 'z_t', 'tokens', 'states'))
+  embed_dataset.main(arguments(place, out))
   return out
 
 

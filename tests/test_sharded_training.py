@@ -3,8 +3,6 @@
 Eight virtual CPU devices, hence processes of their own, which call functions of this module.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,6 +26,7 @@ from unclip_jax.sharding import (
   state_shardings,
 )
 from unclip_jax.stages import clip, decoder, diffusion_prior, upsampler
+from unclip_jax.systems.apart import make_apart
 from unclip_jax.systems.fsdp import placed
 from unclip_jax.train.sam import make_sam_grad
 from unclip_jax.train.state import init_state, make_train_step
@@ -87,8 +86,7 @@ def sam_grad(mesh, fsdp):
   def loss(params, embeddings):
     return clip.loss_of_embeddings(params, *embeddings)
 
-  apart = functools.partial(sharding.apart, mesh=mesh, fsdp=fsdp)
-  return make_sam_grad(embed, loss, 0.05, group_size=1, apart=apart)
+  return make_sam_grad(embed, loss, 0.05, group_size=1, apart=make_apart(mesh, fsdp))
 
 
 def prior_loss(params, batch, key):

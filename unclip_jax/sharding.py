@@ -17,7 +17,7 @@ those of the others where a layer needs them.
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -268,96 +268,8 @@ def constrain_batch(batch: Any, mesh: Mesh) -> Any:
   return jax.lax.with_sharding_constraint(batch, batch_sharding(mesh))
 
 
-class Parts(NamedTuple):
-  """What a function within `apart` does with trees that are split over `data` as parameters are.
-
-  Attributes:
-    whole: of the parts that devices have, all.
-    scattered: of what each device has whole, its part of their sum. What is not split stays as it
-      is.
-  """
-
-  whole: Callable[[Any], Any] = lambda tree: tree
-  scattered: Callable[[Any], Any] = lambda tree: tree
-
-
-def apart(
-  fn: Callable[[Parts, Any, Any], Any], mesh: Mesh, fsdp: bool, sums: bool = False
-) -> Callable[[Any, Any], Any]:
-  """Inside of a jitted function: `fn(parts, params, groups)`, each device on its own groups.
-
-  Args:
-    fn: of parameters, as the device has them, and of arrays [n, size, ...], of which a device is
-      given n / devices. It returns arrays [n, ...], of which those of all devices are put one
-      after the other,
-    mesh: of `make_mesh`.
-    fsdp: whether the parameters are split over `data`.
-    sums: or, if so, a tree like the parameters by `parts.scattered`, which is then summed where it
-      is not yet.
-
-  Returns:
-    (params, groups) -> what fn returns. Where the groups do not divide over the devices fn runs as
-    it is, each group split over all of them.
-  """
-  num_devices = mesh.shape[DATA_AXIS]
-  split = PartitionSpec(DATA_AXIS)
-
-  def own_spec(path: Any, leaf: Any) -> PartitionSpec:
-    """Which axis of a parameter is split over `data`."""
-    name = jax.tree_util.keystr(path, simple=True, separator='/')
-    spec = param_sharding(name, leaf.shape, mesh, fsdp).spec
-    own = [DATA_AXIS if axis and DATA_AXIS in axis else None for axis in spec]
-    return PartitionSpec(*own)
-
-  def call(params: Any, groups: Any) -> Any:
-    if _batch_size(groups) % num_devices:
-
-      def spread(a: Array) -> Array:
-        divides = a.ndim > 1 and a.shape[1] % num_devices == 0
-        spec = PartitionSpec(None, DATA_AXIS) if divides else PartitionSpec()
-        return jax.lax.with_sharding_constraint(a, NamedSharding(mesh, spec))
-
-      return fn(Parts(), params, jax.tree.map(spread, groups))
-    specs = jax.tree_util.tree_map_with_path(own_spec, params)
-
-    def whole(leaf: Array, spec: PartitionSpec) -> Array:
-      if DATA_AXIS not in spec:
-        return leaf
-      return jax.lax.all_gather(leaf, DATA_AXIS, axis=spec.index(DATA_AXIS), tiled=True)
-
-    def scattered(leaf: Array, spec: PartitionSpec) -> Array:
-      if DATA_AXIS not in spec:
-        return leaf
-      axis = spec.index(DATA_AXIS)
-      return jax.lax.psum_scatter(leaf, DATA_AXIS, scatter_dimension=axis, tiled=True)
-
-    def summed(leaf: Array, spec: PartitionSpec) -> Array:
-      return leaf if DATA_AXIS in spec else jax.lax.psum(leaf, DATA_AXIS)
-
-    parts = Parts(
-      lambda tree: jax.tree.map(whole, tree, specs),
-      lambda tree: jax.tree.map(scattered, tree, specs),
-    )
-
-    def of_one(params: Any, groups: Any) -> Any:
-      results = fn(parts, params, groups)
-      return jax.tree.map(summed, results, specs) if sums else results
-
-    of_all = jax.shard_map(
-      of_one,
-      mesh=mesh,
-      in_specs=(specs, split),
-      out_specs=specs if sums else split,
-      axis_names={DATA_AXIS},
-      check_vma=False,
-    )
-    return of_all(params, groups)
-
-  return call
-
-
-def is_apart() -> bool:
-  """Whether what is traced runs within `apart`: on one device's groups, with whole parameters."""
+def runs_by_itself() -> bool:
+  """Whether what is traced is one device's part of a `shard_map` over `data`."""
   return DATA_AXIS in jax.sharding.get_abstract_mesh().manual_axes
 
 

@@ -5,7 +5,6 @@ python -m experiments.emoji.train_clip --run runs/mine --shards 'data/{000..099}
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +22,7 @@ from unclip_jax.data.pictures import PictureConfig
 from unclip_jax.evaluate.retrieval import is_first
 from unclip_jax.evaluate.zero_shot import class_embeddings, fill_templates, zero_shot_accuracy
 from unclip_jax.stages import clip
+from unclip_jax.systems.apart import make_apart
 from unclip_jax.train.gradient_cache import make_cached_grad
 from unclip_jax.train.log import RunLog
 from unclip_jax.train.preemption import Preemption
@@ -48,9 +48,15 @@ def make_grad(train: TrainConfig, mesh: sharding.Mesh) -> GradFn:
   # Written out, what else would be a loop takes more memory; a CPU has more, and loops slowly.
   unroll = jax.default_backend() == 'cpu'
   if train.sam_rho is not None:
-    apart = functools.partial(sharding.apart, mesh=mesh, fsdp=train.fsdp)
-    settings = train.sam_rho, train.sam_group, unroll, apart, train.dtype
-    return make_sam_grad(embed, loss, *settings)
+    return make_sam_grad(
+      embed,
+      loss,
+      rho=train.sam_rho,
+      group_size=train.sam_group,
+      unroll=unroll,
+      apart=make_apart(mesh, train.fsdp),
+      dtype=train.dtype,
+    )
   if train.cache_chunk is not None:
     return make_cached_grad(embed, loss, train.cache_chunk, unroll)
   return jax.value_and_grad(

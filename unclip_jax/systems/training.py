@@ -1,6 +1,5 @@
 """How each stage trains, from its config alone: what a step is given, by shapes, and its loss."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,8 +16,9 @@ from unclip_jax.configs import (
   UpsamplerConfig,
 )
 from unclip_jax.nn.clip import TextFeatures
-from unclip_jax.sharding import Mesh, apart
+from unclip_jax.sharding import Mesh
 from unclip_jax.stages import ar_prior, clip, decoder, diffusion_prior, upsampler
+from unclip_jax.systems.apart import make_apart
 from unclip_jax.systems.loading import expected_params
 from unclip_jax.train.gradient_cache import EmbedFn
 from unclip_jax.train.presets import Recipe
@@ -81,8 +81,8 @@ def make_grad(
       lambda params, embeddings: clip.loss_of_embeddings(params, *embeddings),
       recipe.sam_rho,
       recipe.sam_group,
+      apart=None if mesh is None else make_apart(mesh, fsdp),
       dtype=training.dtype,
-      **({} if mesh is None else {'apart': functools.partial(apart, mesh=mesh, fsdp=fsdp)}),
     )
   return jax.value_and_grad(
     lambda params, batch, key: training.loss_fn(params, constants, batch, key), has_aux=True

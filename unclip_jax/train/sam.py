@@ -21,7 +21,7 @@ takes of the parameters itself (the temperature) belongs to no group and is not 
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,25 +39,28 @@ from unclip_jax.train.state import Batch, GradFn, Metrics
 from unclip_jax.types import Array, Params, UnclipError
 
 # Where groups run: (fn(parts, params, groups), sums) -> (params, groups) -> what fn returns, as
-# `sharding.apart` describes it.
+# `systems.apart` describes it.
 Apart = Callable[..., Callable[[Params, Any], Any]]
 
 SMALLEST_NORM = 1e-30  # with less, a group is at a stationary point and has no direction to go
 
 
-class _Whole:
-  """The parts of a device that has all."""
+class Parts(NamedTuple):
+  """What a function does with trees like the parameters, of which a device may have a part.
 
-  @staticmethod
-  def whole(tree: Params) -> Params:
-    return tree
+  Attributes:
+    whole: of the parts that devices have, all.
+    scattered: of what each device has whole, its part of their sum. What is not split stays as it
+      is.
+  """
 
-  scattered = whole
+  whole: Callable[[Params], Params] = lambda tree: tree
+  scattered: Callable[[Params], Params] = lambda tree: tree
 
 
-def _together(fn: Callable[[Any, Params, Any], Any], sums: bool) -> Callable[[Params, Any], Any]:
+def _one_by_one(fn: Callable[[Parts, Params, Any], Any], sums: bool) -> Any:
   del sums
-  return functools.partial(fn, _Whole)
+  return functools.partial(fn, Parts())
 
 
 def make_sam_grad(
@@ -66,7 +69,7 @@ def make_sam_grad(
   rho: float = 0.1,
   group_size: int = 64,
   unroll: bool = False,
-  apart: Apart = _together,
+  apart: Apart | None = None,
   dtype: Any = jnp.float32,
 ) -> GradFn:
   """Returns the gradient of SAM of `loss_fn(params, embed_fn(params, batch, key))`.
@@ -84,10 +87,12 @@ def make_sam_grad(
     rho: length of the perturbation of a group; with 0 the gradient is the plain one.
     group_size: m, the examples that share a perturbation, neighbours in the batch; a divisor of it.
     unroll: whether the groups are written out rather than looped over, see `make_cached_grad`.
-    apart: where the groups run. As it is one is taken after the other, on all devices;
-      `sharding.apart` lets each device take its own, with all parameters. The result is the same.
+    apart: where the groups run. None takes one after the other, on all devices;
+      `systems.apart.make_apart` lets each device take its own, if they divide over the devices.
+      Either gives the same gradient, to float error.
     dtype: in which a group's parameters and their gradient are kept, that of the network. They are
-      perturbed in float32.
+      perturbed in float32 and rounded then: in bfloat16 most of them move by less than a unit in
+      the last place, and what a perturbation does is right on average only.
 
   Returns:
     (params, batch, key) -> ((loss, metrics), gradient). Loss and metrics are those of `params`,
@@ -98,15 +103,16 @@ def make_sam_grad(
   """
   if not rho >= 0:
     raise UnclipError(f'SAM: a perturbation of length {rho}: take 0 or more')
+  run = _one_by_one if apart is None else apart
 
   def cast(params: Params) -> Params:
     # Small ones, of norms say, take no memory, and networks compute with them in float32.
     return jax.tree.map(lambda p: p.astype(dtype) if p.ndim > 1 else p, params)
 
   def perturbed(
-    parts: Any, params: Params, rows: Batch, key: Array, cotangent: Embeddings
+    parts: Parts, params: Params, rows: Batch, key: Array, cotangent: Embeddings
   ) -> Params:
-    """The parameters of a group, all of them, of those that the device has."""
+    """All parameters of a group, from those that the device has."""
     share = jax.vjp(lambda p: embed_fn(p, rows, key), parts.whole(cast(params)))[1](cotangent)[0]
     share = jax.tree.map(lambda g: g.astype(jnp.float32), share)
     step = rho / jnp.maximum(optax.tree.norm(share), SMALLEST_NORM)
@@ -117,25 +123,25 @@ def make_sam_grad(
     keys = chunk_keys(key, groups)
     grad_of_loss = jax.value_and_grad(loss_fn, (0, 1), has_aux=True)
 
-    def embed(parts: Any, params: Params, given: Any) -> Embeddings:
+    def embed(parts: Parts, params: Params, given: Any) -> Embeddings:
       whole = parts.whole(cast(params))
       return map_chunks(lambda rows, key: embed_fn(whole, rows, key), given, unroll)
 
-    embeddings = apart(embed, sums=False)(params, (groups, keys))
+    embeddings = run(embed, sums=False)(params, (groups, keys))
     aux, (_, at_params) = grad_of_loss(params, _join(embeddings))
     at_params = _split(at_params, group_size)
 
-    def embed_perturbed(parts: Any, params: Params, given: Any) -> Embeddings:
+    def embed_perturbed(parts: Parts, params: Params, given: Any) -> Embeddings:
       def of_group(rows: Batch, key: Array, cotangent: Embeddings) -> Embeddings:
         return embed_fn(perturbed(parts, params, rows, key, cotangent), rows, key)
 
       return map_chunks(of_group, given, unroll)
 
-    embeddings = apart(embed_perturbed, sums=False)(params, (groups, keys, at_params))
+    embeddings = run(embed_perturbed, sums=False)(params, (groups, keys, at_params))
     _, (direct, at_perturbed) = grad_of_loss(params, _join(embeddings))
     at_perturbed = _split(at_perturbed, group_size)
 
-    def gradient(parts: Any, params: Params, given: Any) -> Params:
+    def gradient(parts: Parts, params: Params, given: Any) -> Params:
       def of_group(
         rows: Batch, key: Array, at_params: Embeddings, at_perturbed: Embeddings
       ) -> Params:
@@ -146,7 +152,7 @@ def make_sam_grad(
       return sum_chunks(of_group, given, jax.tree.map(jnp.zeros_like, params), unroll)
 
     given = (groups, keys, at_params, at_perturbed)
-    return aux, jax.tree.map(jnp.add, direct, apart(gradient, sums=True)(params, given))
+    return aux, jax.tree.map(jnp.add, direct, run(gradient, sums=True)(params, given))
 
   return grad_fn
 
