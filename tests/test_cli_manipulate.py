@@ -127,12 +127,19 @@ def test_components_come_from_a_folder_and_each_picture_has_a_row(
 def test_a_mask_of_any_mode_says_what_is_painted(model, pictures, tmp_path, capsys):
   mask = np.zeros((20, 16), np.uint8)
   mask[:, 8:] = 255
-  Image.fromarray(mask).convert('1').save(tmp_path / 'mask.png')
-  out = tmp_path / 'out'
-  assert call(model, out, 'inpaint', pictures[0], '--mask', tmp_path / 'mask.png', '-n', 1) == 0
-  given, painted = frames(out / 'inpaint-one.png')
-  np.testing.assert_array_equal(painted[:, :8], given[:, :8])
-  assert (painted[:, 8:] != given[:, 8:]).any()
+  white, out = np.full((20, 16, 3), 255, np.uint8), tmp_path / 'out'
+  modes = {
+    '1': Image.fromarray(mask).convert('1'),
+    'RGB': Image.fromarray(mask).convert('RGB'),
+    'RGBA': Image.fromarray(np.dstack([white, mask])),  # white strokes on nothing
+    'I;16': Image.fromarray(mask.astype(np.uint16) * 257),
+  }
+  for image in modes.values():
+    image.save(tmp_path / 'mask.png')
+    assert call(model, out, 'inpaint', pictures[0], '--mask', tmp_path / 'mask.png', '-n', 1) == 0
+    given, painted = frames(out / 'inpaint-one.png')
+    np.testing.assert_array_equal(painted[:, :8], given[:, :8])
+    assert (painted[:, 8:] != given[:, 8:]).any()
   capsys.readouterr()
   assert call(model, out, 'inpaint', pictures[1], '--mask', tmp_path / 'mask.png') == 1
   assert 'they must be of one size' in capsys.readouterr().err

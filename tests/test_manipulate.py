@@ -301,6 +301,7 @@ GREY, TOO_BRIGHT = np.zeros((4, 4), np.uint8), np.full((4, 4, 3), 200.0)
     (lambda m: manipulate.encode(m, [ONE, GREY]), 'image 2 must be an array'),
     (lambda m: manipulate.encode(without(m, 'clip'), [ONE]), 'no clip'),
     (lambda m: manipulate.interpolate(m, ONE, OTHER, 1), 'number of frames is 1: take 2'),
+    (lambda m: manipulate.interpolate(m, ONE, OTHER, 10**9), 'is 1000000000: take at most 10000'),
     (lambda m: manipulate.interpolate(m, ONE, OTHER, noise='new'), "there is no noise 'new'"),
     (lambda m: manipulate.text_diff(m, ONE, APPLE, ROCKET, 0), 'theta is 0'),
     (lambda m: manipulate.text_diff(m, ONE, APPLE, ROCKET, -0.1), r'theta is -0.1: take 0 to 1'),

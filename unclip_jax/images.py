@@ -69,12 +69,25 @@ def read_picture(path: os.PathLike[str] | str) -> np.ndarray:
   Raises:
     UnclipError: the file is missing, is no picture, or is larger than Pillow takes for safe.
   """
+  return _read(path, 'white')
+
+
+def read_mask(path: os.PathLike[str] | str) -> np.ndarray:
+  """A picture of any mode as bool [h, w], true where it is white; what is transparent is not.
+
+  Raises:
+    UnclipError: as of `read_picture`.
+  """
+  return _read(path, 'black').mean(axis=-1) > 127
+
+
+def _read(path: os.PathLike[str] | str, ground: str) -> np.ndarray:
   path = reach(path)
   try:
     with warnings.catch_warnings():
       warnings.simplefilter('error', Image.DecompressionBombWarning)
       with path.open('rb') as file:
-        return np.asarray(open_rgb(file))
+        return np.asarray(open_rgb(file, ground=ground))
   except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
     raise UnclipError(
       f'{path} has more pixels than Pillow takes for safe: make it smaller'

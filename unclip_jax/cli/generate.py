@@ -146,7 +146,7 @@ def generate(
 
   from unclip_jax.cli.series import draw_series, join_processes, open_series
   from unclip_jax.display import StageDisplay
-  from unclip_jax.images import make_grid, read_picture, slugs
+  from unclip_jax.images import make_grid, read_mask, read_picture, slugs
   from unclip_jax.processes import Processes
   from unclip_jax.systems import settings
   from unclip_jax.systems.samples import Progress, Samples
@@ -178,7 +178,7 @@ def generate(
   warned = plain_warnings(math.inf if series is None else _MOST_WARNINGS)
   with output_folder(out) as folder, warned, memory_errors(), interrupts() as check:
     picture = None if image is None else read_picture(image)
-    anew = None if mask is None else read_picture(mask).mean(axis=-1) > 127
+    anew = None if mask is None else read_mask(mask)
     loaded = unclip_jax.load(
       model, dtype, devices, offload, prior_model, lora or (), lora_strength, model_devices
     )

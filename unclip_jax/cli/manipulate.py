@@ -287,6 +287,8 @@ def inpaint(
   common: Any = None,
 ) -> None:
   """Paint a part of a picture anew, or what is around it, by any model."""
+  from unclip_jax.images import read_mask
+
   if (mask is None) == (margin is None):
     raise typer.BadParameter('give a --mask of what is to be painted, or a --margin')
 
@@ -296,7 +298,7 @@ def inpaint(
     picture, anew = (pictures[0], is_anew) if margin is None else extend(pictures[0], margin)
     return unclip_jax.manipulate.inpaint(model, picture, anew, prompt, n, jump, times, None, how)
 
-  is_anew = None if mask is None else _read(mask).mean(axis=-1) > 127
+  is_anew = None if mask is None else read_mask(mask)
   asked = {'prompt': prompt, 'mask': mask, 'margin': margin, 'jump': jump, 'times': times}
   _run('inpaint', common, [image], asked, draw)
 

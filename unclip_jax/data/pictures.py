@@ -117,15 +117,19 @@ def make_picture(
 
 
 def open_rgb(
-  file: IO[bytes], short_side: int | None = None, formats: Sequence[str] | None = None
+  file: IO[bytes],
+  short_side: int | None = None,
+  formats: Sequence[str] | None = None,
+  ground: str = 'white',
 ) -> Image.Image:
-  """A picture of any mode as RGB: turned as its EXIF says, transparency on white.
+  """A picture of any mode as RGB: turned as its EXIF says, transparency on `ground`.
 
   Args:
     file: an open picture file.
     short_side: what it will be reduced to. A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where
       this leaves twice as many pixels or more, which takes a fraction of the time.
     formats: of Pillow's, which the file is read as one of; None for any.
+    ground: a colour of Pillow's.
 
   Raises:
     Image.DecompressionBombError: it has more pixels than Pillow takes for safe.
@@ -149,8 +153,7 @@ def open_rgb(
     image = Image.fromarray(np.uint8(np.clip(levels / largest, 0, 1) * 255 + 0.5))
   if image.has_transparency_data:
     image = image.convert('RGBA')
-    white = Image.new('RGBA', image.size, 'white')
-    image = Image.alpha_composite(white, image)
+    image = Image.alpha_composite(Image.new('RGBA', image.size, ground), image)
   image.load()  # which finds what is damaged
   return image if image.mode == 'RGB' else image.convert('RGB')
 

@@ -122,7 +122,7 @@ def interpolate(
   Raises:
     UnclipError: as `variations`.
   """
-  settings.check_count('the number of frames', n, 2)
+  settings.check_count('the number of frames', n, 2, settings.MAX_IMAGES)
   if noise not in NOISES:
     raise UnclipError(f'there is no noise {noise!r}: take {" or ".join(NOISES)}')
   theta = np.linspace(0, 1, n)
@@ -199,7 +199,7 @@ def text_diff(
   Raises:
     UnclipError: as `variations`, or of `text_direction`.
   """
-  settings.check_count('the number of frames', n, 2)
+  settings.check_count('the number of frames', n, 2, settings.MAX_IMAGES)
   theta = _check_share('theta', theta)
   if not theta:
     raise UnclipError('theta is 0, which changes nothing: take more, such as 0.5')

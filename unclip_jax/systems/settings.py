@@ -19,7 +19,7 @@ DTYPES = ('float32', 'bfloat16', 'float16')
 _LISTED_DTYPES = 'float32, bfloat16 or float16'
 _MAX_SEED = _MAX_INDEX = 2**32 - 1
 _MAX_NUMBER = float(np.finfo(np.float32).max)
-_MAX_IMAGES = 10_000  # of a call, which holds them all
+MAX_IMAGES = 10_000  # of a call, which holds them all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,9 +280,9 @@ def check_count(what: str, value: object, least: int = 1, most: int | None = Non
 
 def check_total(num_prompts: int, num_images: int) -> None:
   """Raises UnclipError where a call would hold more pictures than memory does."""
-  if num_prompts * num_images > _MAX_IMAGES:
+  if num_prompts * num_images > MAX_IMAGES:
     raise UnclipError(
-      f'{num_prompts * num_images:,} pictures are more than the {_MAX_IMAGES:,} of one call: take '
+      f'{num_prompts * num_images:,} pictures are more than the {MAX_IMAGES:,} of one call: take '
       'fewer, and continue the series with the index of the first image'
     )
 
