@@ -7,7 +7,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from tiny_bench import CONFIG, SMALL_PEAKS
+from tiny_bench import CONFIG, small_peaks
 from tiny_model import load_tiny
 
 from experiments import bench_sampling
@@ -21,9 +21,7 @@ from unclip_jax.weights.safetensors import named_leaves
 
 @pytest.fixture(scope='module', autouse=True)
 def _small_peaks():
-  with pytest.MonkeyPatch.context() as patch:
-    for name, value in SMALL_PEAKS.items():
-      patch.setattr(peaks, name, value)
+  with small_peaks():
     yield
 
 

@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_bench import ONE_LEVEL, SMALL_PEAKS
+from tiny_bench import ONE_LEVEL, SMALL_PEAKS, small_peaks
 from tiny_model import write_tiny_model
 
 from experiments import bench_sampling
 from unclip_jax.cli import main
-from unclip_jax.measure import peaks, report
+from unclip_jax.measure import report
 from unclip_jax.systems import bench
 from unclip_jax.types import UnclipError
 
@@ -22,9 +22,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope='module', autouse=True)
 def _small_peaks():
-  with pytest.MonkeyPatch.context() as patch:
-    for name, value in SMALL_PEAKS.items():
-      patch.setattr(peaks, name, value)
+  with small_peaks():
     yield
 
 

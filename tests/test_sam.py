@@ -113,5 +113,5 @@ def test_what_makes_no_sense_is_refused():
   with pytest.raises(UnclipError, match=r'SAM: a perturbation of length -0\.1'):
     make_sam_grad(squares, mean, -0.1)
   grad_fn = make_sam_grad(squares, mean, 0.1, 64)
-  with pytest.raises(UnclipError, match='SAM: a batch of 12 cannot be split into groups of 64'):
+  with pytest.raises(UnclipError, match='SAM: a batch of 12 cannot be split into parts of 64'):
     grad_fn({'w': jnp.zeros(5)}, {'a': A, 'b': B}, KEY)

@@ -1,6 +1,7 @@
 """Groups of examples that devices take by themselves, side by side, each with all parameters."""
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ def apart(
   """Inside of a jitted function: `fn(parts, params, groups)`, each device on its own groups.
 
   Where the groups [n, size, ...] do not divide over the devices fn runs as it is, one group after
-  the other, each split over all devices. That takes far longer: `train.sam` names what to choose.
+  the other, each split over all devices, and a warning says so: that takes far longer on many.
 
   Args:
     fn: it is given parameters as the device has them, and n / devices of the groups. It returns
@@ -47,7 +48,13 @@ def apart(
     return jax.lax.with_sharding_constraint(a, NamedSharding(mesh, spec))
 
   def call(params: Any, groups: Any) -> Any:
-    if jax.tree.leaves(groups)[0].shape[0] % num_devices:
+    num_groups = jax.tree.leaves(groups)[0].shape[0]
+    if num_groups % num_devices:
+      warnings.warn(
+        f'{num_groups} groups do not divide over {num_devices} devices, which take one after the '
+        'other together: choose a multiple to have them side by side',
+        stacklevel=2,
+      )
       return fn(Parts(), params, jax.tree.map(spread, groups))
     specs = jax.tree_util.tree_map_with_path(own_spec, params)
 

@@ -54,7 +54,7 @@ def _gathered(mesh: Mesh, call: Callable[..., Any], args: Any, kwargs: Any, cont
     return call(*args, **kwargs)
   if isinstance(module, Transformer) and module.remat:
     return _in_a_loop(module, *args, **kwargs)
-  if sharding.runs_by_itself():
+  if sharding.runs_by_itself():  # with weights that are whole already
     return call(*args, **kwargs)
   if isinstance(module, _LAYERS) and module.scope.path:  # else it is the one that is applied below
     params = {

@@ -72,12 +72,18 @@ def split_batch(batch: Batch, size: int, what: str) -> Batch:
   Raises:
     UnclipError: the size does not divide the batch.
   """
+  n = num_parts(batch, size, what)
+  return jax.tree.map(lambda a: a.reshape(size, n, *a.shape[1:]).swapaxes(0, 1), batch)
+
+
+def num_parts(batch: Batch, size: int, what: str) -> int:
+  """Of arrays [b, ...], b / size; arguments and errors as of `split_batch`."""
   b = jax.tree.leaves(batch)[0].shape[0]
   if size < 1 or b % size:
     raise UnclipError(
       f'{what}: a batch of {b} cannot be split into parts of {size}: take a divisor of {b}'
     )
-  return jax.tree.map(lambda a: a.reshape(size, b // size, *a.shape[1:]).swapaxes(0, 1), batch)
+  return b // size
 
 
 def join_batch(parts: Batch) -> Batch:

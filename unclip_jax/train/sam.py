@@ -33,6 +33,7 @@ from unclip_jax.train.gradient_cache import (
   EmbedFn,
   chunk_keys,
   map_chunks,
+  num_parts,
   sum_chunks,
 )
 from unclip_jax.train.state import Batch, GradFn, Metrics
@@ -159,12 +160,8 @@ def make_sam_grad(
 
 def _split(batch: Batch, size: int) -> Batch:
   """Arrays [b, ...] as groups of neighbours [b / size, size, ...]."""
-  b = jax.tree.leaves(batch)[0].shape[0]
-  if size < 1 or b % size:
-    raise UnclipError(
-      f'SAM: a batch of {b} cannot be split into groups of {size}: take a divisor of {b}'
-    )
-  return jax.tree.map(lambda a: a.reshape(b // size, size, *a.shape[1:]), batch)
+  n = num_parts(batch, size, 'SAM')
+  return jax.tree.map(lambda a: a.reshape(n, size, *a.shape[1:]), batch)
 
 
 def _join(groups: Batch) -> Batch:
