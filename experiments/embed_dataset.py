@@ -62,7 +62,8 @@ class Chunks:
     rows, broken = [], []
     for i in self._chunks[index]:
       try:
-        rows.append(self._rows.read(i, np.random.default_rng((0, i))))
+        row = self._rows.read(i, np.random.default_rng((0, i)))
+        rows.append(row | {'index': np.int64(i)})
       except BrokenExample as error:
         broken.append((error.id, error.reason))
     result: dict[str, Any] = {'broken': broken, 'size': len(rows)}
@@ -161,7 +162,7 @@ def records(
       row = {name: np.array(array[i]) for name, array in encoded.items()}
       if not np.isfinite(row['z_i']).all():
         raise UnclipError(f'the embedding of {batch["id"][i]} is not finite: take --dtype float32')
-      yield row | {'caption': batch['caption'][i], 'id': batch['id'][i]}
+      yield row | {name: batch[name][i] for name in ('caption', 'id', 'index')}
 
 
 def main(arguments: list[str] | None = None) -> None:

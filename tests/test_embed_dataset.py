@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -15,11 +16,13 @@ from made_pictures import encoded, pixels, write_shard, write_tar
 from PIL import Image
 from processes import environment
 from tiny_model import CONFIG, load_tiny
+from trained_processes import losses
 
 from experiments import embed_dataset
-from experiments.emoji import common, train_prior
+from experiments.emoji import common, origin, train_ar_prior, train_decoder, train_prior
 from experiments.emoji.options import parse_options
-from experiments.emoji.stored import read_embeddings
+from experiments.emoji.stored import StoredRows, open_embeddings, sample_embeddings
+from unclip_jax import sharding
 from unclip_jax.data.embeddings import EmbeddingRows, shard_name, shard_range
 from unclip_jax.data.pipeline import Pipeline, PipelineConfig
 from unclip_jax.train.state import OptimizerConfig
@@ -170,31 +173,130 @@ def test_a_pipeline_reads_them(whole):
     np.testing.assert_array_equal(next(pipeline)['z_i'], batches[0]['z_i'][3:])
 
 
-def test_a_prior_is_trained_on_them(place, model, whole, tmp_path, monkeypatch):
-  """They are what it is given of emoji: the same arrays, of the same types."""
+@pytest.fixture(scope='module')
+def without_states(place, model):
+  """What most of a record is left out: a tenth of the bytes."""
+  out = place / 'without_states'
+  embed_dataset.main(arguments(place, out, '--with', 'tokens'))
+  return out
+
+
+def options(place: Path, run: Path, *more: object) -> list[str]:
+  return [f'--run={run}', f'--init={place / "model"}', '--batch-size=4', *map(str, more)]
+
+
+def assert_rows_of_the_pool(found: dict, expected: dict) -> None:
+  """Each is that of the pool with the same caption."""
+  assert found.keys() == expected.keys()
+  known = np.asarray(expected['ids'])
+  places = [np.flatnonzero((known == row).all(1))[0] for row in np.asarray(found['ids'])]
+  for name, array in expected.items():
+    assert found[name].dtype == array.dtype
+    wanted = np.asarray(array, np.float32)[places]
+    np.testing.assert_allclose(np.asarray(found[name], np.float32), wanted, atol=1e-5, rtol=0.01)
+
+
+@pytest.mark.parametrize('stored', ['whole', 'without_states'])
+def test_a_prior_is_given_what_it_is_given_of_emoji(stored, place, tmp_path, request):
+  given = options(place, tmp_path / 'run', '--embeddings', request.getfixturevalue(stored))
+  train = parse_options(given, '', OptimizerConfig(), 20, 4, has_embeddings=True)
+  origin.begin(train, 'prior')
+  captions = [f'picture {i}' for i in GOOD]
+  images = np.stack([embed_pixels(i) for i in GOOD])
+  expected = common.encode_pool(train, train.tokenizer, captions, images)
+  stream, held_out = open_embeddings(train, 'prior', sharding.make_mesh(), 4)
+  assert_rows_of_the_pool(held_out, expected)
+  assert np.array_equal(held_out['ids'], expected['ids'][5:])
+  for step in (0, 1):
+    assert_rows_of_the_pool(stream.batch(step), expected)
+    assert {row['caption'] for row in stream.examples(step)} < {*captions[:5]}
+  sample = sample_embeddings(train, 4, ['z_i', 'z_t'])
+  for name, column in sample.items():
+    np.testing.assert_allclose(column, expected[name][:5], atol=1e-5)
+  with pytest.raises(UnclipError, match='9 examples, of which 9 are held out: take more'):
+    open_embeddings(train, 'prior', sharding.make_mesh(), 9)
+
+
+SHORT = ['--steps=2', '--chunk=1', '--set=optimizer.warmup_steps=0']
+
+
+@pytest.mark.usefixtures('_few_are_held_out')
+def test_a_prior_is_trained_on_them(place, without_states, tmp_path):
+  train_prior.main(options(place, tmp_path, *SHORT, '--embeddings', without_states))
+  assert [*losses(tmp_path, 'prior')] == [1, 2]
+
+
+def test_other_processes_can_read_them(whole):
+  rows = StoredRows(EmbeddingRows(whole), ['z_i', 'states'])
+  ours, theirs = (each.read(3, None) for each in (rows, pickle.loads(pickle.dumps(rows))))
+  assert theirs['id'] == '0.tar/000000003' and ours.keys() == theirs.keys()
+  np.testing.assert_array_equal(ours['states'], theirs['states'])
+
+
+@pytest.mark.usefixtures('_few_are_held_out')
+def test_an_ar_prior_takes_components_of_those_that_are_not_held_out(
+  place, without_states, tmp_path
+):
+  arguments = options(place, tmp_path, *SHORT, '--embeddings', without_states)
+  with pytest.raises(UnclipError, match='5 embeddings are too few for components of 16 dimensions'):
+    train_ar_prior.main([*arguments, '--set=prior.num_components=4'])
+
+
+def test_those_of_another_clip_are_refused(place, whole, tmp_path):
   other = tmp_path / 'other'
   shutil.copytree(whole, other)
   meta = json.loads((other / 'embeddings.json').read_text())
   (other / 'embeddings.json').write_text(json.dumps(meta | {'parameters': '0'}))
-  args = [f'--run={tmp_path / "run"}', f'--init={place / "model"}', '--batch-size=4']
-  fresh = model.params['prior']['network']
-  monkeypatch.setattr(train_prior.diffusion_prior, 'init', lambda *_: fresh)
   with pytest.raises(UnclipError, match=r"they are of another CLIP .* than the run's"):
-    train_prior.main([*args, f'--embeddings={other}'])
-  options = [*args, f'--embeddings={whole}']
-  train = parse_options(options, '', OptimizerConfig(), 20, 4, has_embeddings=True)
-  captions = [f'picture {i}' for i in GOOD]
-  images = np.stack([embed_pixels(i) for i in GOOD])
-  expected = common.encode_pool(train, train.tokenizer, captions, images)
-  first, last = read_embeddings(train, 4)
-  assert first.keys() == last.keys() == expected.keys()
-  for name, array in expected.items():
-    assert first[name].dtype == array.dtype
-    both = np.concatenate([first[name], last[name]]).astype(np.float32)
-    np.testing.assert_allclose(both, np.asarray(array, np.float32), atol=1e-5, rtol=0.01)
-    assert len(first[name]) == 5
-  with pytest.raises(UnclipError, match='9 examples, of which 9 are held out: take more'):
-    read_embeddings(train, 9)
+    train_prior.main(options(place, tmp_path / 'run', '--embeddings', other))
+
+
+@pytest.fixture
+def _few_are_held_out(monkeypatch):
+  for script in (train_prior, train_ar_prior, train_decoder):
+    monkeypatch.setattr(script, 'NUM_HELD_OUT', 4)
+
+
+@pytest.mark.usefixtures('_few_are_held_out')
+def test_a_decoder_is_given_their_pictures_too(place, whole, tmp_path):
+  """The pictures as without `--embeddings`, each beside its own stored one."""
+  stored = EmbeddingRows(whole).columns(['id', 'z_i', 'ids', 'mask'])
+  rows_by_id = []
+  for more in ((), ('--embeddings', whole)):
+    given = options(place, tmp_path, '--shards', place / 'data', *more)
+    train = parse_options(given, '', OptimizerConfig(), 20, 4, has_embeddings=True, has_source=True)
+    origin.begin(train, 'decoder')
+    stream, _ = train_decoder.load_data(train, sharding.make_mesh())
+    rows_by_id.append({})
+    for step in range(5):
+      batch = {name: np.asarray(value) for name, value in stream.batch(step).items()}
+      for i, about in enumerate(stream.examples(step)):
+        rows_by_id[-1][about['id']] = {name: column[i] for name, column in batch.items()}
+  seen, read = rows_by_id
+  assert len(seen.keys() & read.keys()) >= 4
+  for name in seen.keys() & read.keys():
+    assert seen[name].keys() == read[name].keys()
+    np.testing.assert_array_equal(seen[name]['image'], read[name]['image'])
+    place_there = stored['id'].index(name)
+    for column in ('z_i', 'ids', 'mask'):
+      np.testing.assert_array_equal(read[name][column], stored[column][place_there])
+
+
+@pytest.mark.usefixtures('_few_are_held_out')
+def test_embeddings_of_other_pictures_are_refused(place, whole, tmp_path):
+  given = options(place, tmp_path / 'run', '--embeddings', whole)
+  with pytest.raises(UnclipError, match='--embeddings: the pictures that they are of are needed'):
+    train_decoder.main(given)
+  for name, count, message in (
+    ('few', 5, 'the source has 5 examples, 10 were embedded'),
+    ('others', 10, r'number \d+ of its source, which is others\.tar/'),
+  ):
+    write_shard(tmp_path / name / f'{name}.tar', 0, count)
+    more = [*given, f'--shards={tmp_path / name}']
+    train = parse_options(more, '', OptimizerConfig(), 20, 4, has_embeddings=True, has_source=True)
+    origin.begin(train, 'decoder')
+    with pytest.raises(UnclipError, match=message):
+      train_decoder.load_data(train, sharding.make_mesh())
 
 
 def test_what_cannot_be_read_is_named(whole, tmp_path):

@@ -49,7 +49,7 @@ def make_watch(
     (state after, metrics, data, key of the run) -> what is to be logged: the metrics of the good
     steps and, with `skip`, the number of `skipped` ones. It raises UnclipError where the run stops.
   """
-  streams, stops, in_a_row = train.source is not None, train.on_bad_loss == 'stop', 0
+  streams, stops, in_a_row = train.streams, train.on_bad_loss == 'stop', 0
 
   @jax.jit
   def draw(pool: Any, key: Array, step: Array) -> Draw:

@@ -103,7 +103,7 @@ def make_updates(
     frozen: parameters that no update changes. With them the step is given (batch, frozen) as its
       batch: an argument of the program, as constants of it they would be compiled in.
   """
-  streams, stops, mesh = train.source is not None, train.on_bad_loss == 'stop', make_mesh(train)
+  streams, stops, mesh = train.streams, train.on_bad_loss == 'stop', make_mesh(train)
   update = placed(guarded(train_step, stops, train.spike_factor), mesh, train.fsdp)
   at_once = 1 if streams or _on_cpu() else train.chunk
 
@@ -186,8 +186,10 @@ def encode_pool(
 
 def make_encoder(
   train: TrainConfig, mesh: sharding.Mesh | None = None
-) -> Callable[[Array, Array, Array], dict[str, Array]]:
+) -> Callable[..., dict[str, Array]]:
   """A function (ids, mask, images uint8) of a batch -> the run's CLIP's states, z_t and z_i.
+
+  Without images it gives no z_i.
 
   Args:
     train: the options.
@@ -198,10 +200,14 @@ def make_encoder(
     params = sharding.place_whole(params, mesh)
 
   @functools.partial(jax.jit, out_shardings=mesh and sharding.batch_sharding(mesh))
-  def encode(params: Params, ids: Array, mask: Array, image: Array) -> dict[str, Array]:
+  def encode(
+    params: Params, ids: Array, mask: Array, image: Array | None = None
+  ) -> dict[str, Array]:
     text = clip.encode_text(config, params, ids, mask)
-    z_i = clip.encode_image(config, params, to_float(image))
-    return {'states': text.states.astype(jnp.bfloat16), 'z_t': text.z_t, 'z_i': z_i}
+    result = {'states': text.states.astype(jnp.bfloat16), 'z_t': text.z_t}
+    if image is None:
+      return result
+    return {**result, 'z_i': clip.encode_image(config, params, to_float(image))}
 
   return functools.partial(encode, params)
 
@@ -291,7 +297,7 @@ def export_stage(
 def _vocabulary(train: TrainConfig, splits: tuple[str, ...]) -> Vocabulary | None:
   """The words of the run's captions; none where they are not emoji's, or all were known before."""
   knew_all = train.fine_tunes and open_model(find_folder(train.init)).vocabulary is None
-  if knew_all or train.embeddings is not None or train.source is not None:
+  if knew_all or train.streams:
     return None
   domain = (train.styles, train.groups, train.labels, splits)
   return make_vocabulary(load_sprites(train.data), *domain)

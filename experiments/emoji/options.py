@@ -117,6 +117,11 @@ class TrainConfig:
   loss_chunk: int | None
 
   @property
+  def streams(self) -> bool:
+    """Whether examples are read as they are needed, and not drawn from a pool in memory."""
+    return self.source is not None or self.embeddings is not None
+
+  @property
   def trains_adapters(self) -> bool:
     """Whether adapters are trained, and the weights of `init` stay as they are."""
     return self.lora is not None or self.init_lora is not None
@@ -173,8 +178,12 @@ def parse_options(
   if has_source:
     add_source(parser)
   if has_embeddings:
-    help_text = 'of any captioned pictures, made by experiments.embed_dataset, in place of emoji'
+    help_text = "made by experiments.embed_dataset: of the source's pictures"
+    if not has_source:
+      help_text = 'of any captioned pictures, made by experiments.embed_dataset, in place of emoji'
     parser.add_argument('--embeddings', type=Path, metavar='FOLDER', help=help_text)
+  if has_source or has_embeddings:
+    parser.add_argument('--workers', type=int, help='processes that read the examples')
   if drops_text is not None:
     text_drop_help = f'captions dropped in training: --set {drops_text}.text_drop'
     parser.add_argument('--text-drop', type=float, metavar='FRACTION', help=text_drop_help)
@@ -201,7 +210,12 @@ def parse_options(
   _check_lora(args)
   if has_contrast:
     _check_contrast(args)
-  if args.source is not None:
+  if has_source and args.source is None and args.embeddings is not None:
+    raise UnclipError(
+      '--embeddings: the pictures that they are of are needed too: give them by --shards, --folder '
+      'or --tfds'
+    )
+  if args.source is not None or args.embeddings is not None:
     _check_source(args)
   del given['recipe']
   preset_name, assignments = given.pop('preset'), given.pop('assignments')
@@ -289,7 +303,7 @@ def _check_numbers(args: argparse.Namespace) -> None:
     raise UnclipError(f'--spike-factor {args.spike_factor:g}: take a number above 1')
   if args.draft_steps < 0:
     raise UnclipError(f'--draft-steps {args.draft_steps}: take 0 or more')
-  if args.source is None and args.pool_size < args.batch_size:
+  if args.source is None and args.embeddings is None and args.pool_size < args.batch_size:
     raise UnclipError(
       f'--pool-size {args.pool_size}: take at least the {args.batch_size} of --batch-size'
     )
@@ -357,7 +371,7 @@ def _check_contrast(args: argparse.Namespace) -> None:
 def _check_source(args: argparse.Namespace) -> None:
   for name in ('styles', 'groups', 'labels', 'data'):
     if getattr(args, name):
-      raise UnclipError(f'--{name}: it chooses emoji, and other pictures are given: leave it out')
+      raise UnclipError(f'--{name}: it chooses emoji, and other examples are given: leave it out')
   if args.workers < 0:
     raise UnclipError(f'--workers {args.workers}: take 0 or more')
 

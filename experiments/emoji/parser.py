@@ -103,7 +103,6 @@ def add_contrast(parser: Parser) -> None:
 def add_source(parser: Parser) -> None:
   """The options of a script that can train on any captioned pictures in place of emoji."""
   add_source_options(parser, required=False)
-  parser.add_argument('--workers', type=int, help='processes that read and decode the pictures')
 
 
 def _add_processes(parser: Parser) -> None:

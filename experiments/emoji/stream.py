@@ -137,11 +137,24 @@ def open_stream(
   rows: Rows = PictureRows(source, picture, tokenizer, needs_caption=reads_captions)
   if sizes is not None:
     rows = SeenRows(rows, *sizes)
+  about = describe_source(train.source)
+  return open_rows(train, stage, mesh, rows, about, num_held_out, prepare)
+
+
+def open_rows(
+  train: TrainConfig,
+  stage: str,
+  mesh: sharding.Mesh,
+  rows: Rows,
+  about: str,
+  num_held_out: int,
+  prepare: Callable[[Arrays], Arrays] = lambda batch: batch,
+) -> tuple[Stream, Arrays]:
+  """See `open_stream`: of any rows, of which `about` says what they are of."""
   num_trained = len(rows) - num_held_out
   if num_trained < 1:
     raise UnclipError(
-      f'{describe_source(train.source)}: {len(rows)} examples, of which {num_held_out} are held '
-      'out: take more'
+      f'{about}: {len(rows)} examples, of which {num_held_out} are held out: take more'
     )
   folder = train.run / stage
   pipeline = Pipeline(
@@ -155,9 +168,9 @@ def open_stream(
   if any((folder / 'checkpoints').glob('[0-9]*')):
     pipeline.set_state(_read_state(folder))
   elif jax.process_index() == 0:
-    about = pipeline.get_state() | {'source': describe_source(train.source)}
+    state = pipeline.get_state() | {'source': about}
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / STATE_NAME).write_text(json.dumps(about, indent=2) + '\n')
+    (folder / STATE_NAME).write_text(json.dumps(state, indent=2) + '\n')
   last = Part(rows, num_trained, len(rows))
   with Pipeline(last, PipelineConfig(num_held_out, shuffle=False)) as held_out:
     return Stream(pipeline, train.batch_size, mesh, prepare), _arrays(next(held_out))

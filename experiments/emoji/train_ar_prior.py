@@ -16,7 +16,7 @@ import numpy as np
 from experiments.emoji import common, origin
 from experiments.emoji.bad_steps import make_watch
 from experiments.emoji.options import TrainConfig, parse_options, save_options
-from experiments.emoji.stored import read_embeddings
+from experiments.emoji.stored import open_embeddings, sample_embeddings
 from unclip_jax import processes, sharding
 from unclip_jax.configs import ArPriorConfig, UnclipConfig
 from unclip_jax.nn.layers import l2_normalize
@@ -114,15 +114,17 @@ def main(argv: list[str] | None = None) -> None:
   if starts_from_its_like(train):
     params = origin.start_from(train, params, 'prior', 'network')
   if train.embeddings is not None:
-    arrays, held_out = read_embeddings(train, NUM_HELD_OUT)
+    data, held_out = open_embeddings(train, 'prior', mesh, NUM_HELD_OUT)
+    sample = sample_embeddings(train, NUM_HELD_OUT, ['z_i', 'z_t'])
   else:
     size = train.config.clip.vision.image_size
     pool = common.compose(train, size, train.pool_size)
     arrays = common.encode_pool(train, tokenizer, pool.captions, pool.images)
     held_out = common.compose(train, size, NUM_HELD_OUT, ('val_pairs',))
     held_out = common.encode_pool(train, tokenizer, held_out.captions, held_out.images)
+    data, sample = sharding.place_whole(arrays, mesh), arrays
   null_text = common.null_text(train, tokenizer)
-  quantiser, about_quantiser = make_quantiser(train, arrays['z_i'], arrays['z_t'])
+  quantiser, about_quantiser = make_quantiser(train, sample['z_i'], sample['z_t'])
 
   def loss_fn(params, batch, key):
     text = common.text_features(batch)
@@ -148,7 +150,6 @@ def main(argv: list[str] | None = None) -> None:
   train_step = common.make_step(train, loss_fn, optimizer)
   updates = common.make_updates(train, train_step, make_batch)
   state = sharding.place_state(init_state(params, optimizer), mesh, train.fsdp)
-  data = sharding.place_whole(arrays, mesh)
   folder = train.run / 'prior'
   save_options(train, folder)
   watch = make_watch(train, folder, train_step, make_batch)

@@ -2,6 +2,7 @@
 
 python -m experiments.emoji.train_decoder --run runs/emoji_small
 python -m experiments.emoji.train_decoder --run runs/mine --shards 'data/{000..099}.tar' --workers 8
+... --embeddings z   # of embed_dataset, of the same pictures: CLIP need not see them again
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ import numpy as np
 from experiments.emoji import common, origin
 from experiments.emoji.bad_steps import make_watch
 from experiments.emoji.options import TrainConfig, parse_options, save_options
+from experiments.emoji.stored import open_embeddings
 from experiments.emoji.stream import open_stream
 from experiments.emoji.tuning import begin_tuning, export_tuned
 from unclip_jax import processes, sharding
@@ -66,6 +68,10 @@ def load_data(train: TrainConfig, mesh: sharding.Mesh) -> tuple[Any, dict[str, A
   if train.source is None:
     pool, held_out = compose(train.pool_size, ('train',)), compose(NUM_HELD_OUT, ('val_pairs',))
     return sharding.place_whole(pool, mesh), held_out
+  if train.embeddings is not None:
+    names.remove('image')
+    picture = PictureConfig(image_size, least_side=image_size)
+    return open_embeddings(train, 'decoder', mesh, NUM_HELD_OUT, names, picture)
   size = max(image_size, clip_size)
   kernel = 'area' if size == image_size else 'bicubic'
   picture = PictureConfig(size, kernel=kernel, least_side=image_size)
@@ -91,6 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     ema_decay=0.9995,
     has_lora=True,
     has_source=True,
+    has_embeddings=True,
     recipe='decoder',
     drops_text='decoder',
   )
@@ -125,7 +132,7 @@ def main(argv: list[str] | None = None) -> None:
 
   def learn_draft(params, key):
     """The parameters after the updates of the draft alone, which cost little without the U-Net."""
-    times = min(DRAFT_BATCH, train.pool_size // train.batch_size) if train.source is None else 1
+    times = min(DRAFT_BATCH, train.pool_size // train.batch_size) if not train.streams else 1
     ours = dataclasses.replace(
       train,
       batch_size=times * train.batch_size,

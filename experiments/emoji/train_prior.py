@@ -9,7 +9,7 @@ import jax
 from experiments.emoji import common, origin
 from experiments.emoji.bad_steps import make_watch
 from experiments.emoji.options import parse_options, save_options
-from experiments.emoji.stored import read_embeddings
+from experiments.emoji.stored import open_embeddings, sample_embeddings
 from experiments.emoji.tuning import begin_tuning, export_tuned
 from unclip_jax import processes, sharding
 from unclip_jax.nn.layers import l2_normalize
@@ -46,15 +46,17 @@ def main(argv: list[str] | None = None) -> None:
   params = sharding.place_state(params, mesh, train.fsdp)
   tuning = begin_tuning(train, 'prior', params, key_init)
   if train.embeddings is not None:
-    arrays, held_out = read_embeddings(train, NUM_HELD_OUT)
+    data, held_out = open_embeddings(train, 'prior', mesh, NUM_HELD_OUT)
+    z_i = sample_embeddings(train, NUM_HELD_OUT, ['z_i'])['z_i']
   else:
     size = train.config.clip.vision.image_size
     pool = common.compose(train, size, train.pool_size)
     arrays = common.encode_pool(train, tokenizer, pool.captions, pool.images)
     held_out = common.compose(train, size, NUM_HELD_OUT, ('val_pairs',))
     held_out = common.encode_pool(train, tokenizer, held_out.captions, held_out.images)
+    data, z_i = sharding.place_whole(arrays, mesh), arrays['z_i']
   null_text = common.null_text(train, tokenizer)
-  statistics = origin.prior_statistics(train, arrays['z_i'])
+  statistics = origin.prior_statistics(train, z_i)
 
   def loss_fn(params, batch, key):
     text = common.text_features(batch)
@@ -80,7 +82,6 @@ def main(argv: list[str] | None = None) -> None:
   train_step = common.make_step(train, tuning.loss_of_trained(loss_fn), optimizer)
   updates = common.make_updates(train, train_step, make_batch, tuning.frozen)
   state = sharding.place_state(init_state(tuning.trained, optimizer), mesh, train.fsdp)
-  data = sharding.place_whole(arrays, mesh)
   folder = train.run / 'prior'
   save_options(train, folder)
   watch = make_watch(train, folder, train_step, make_batch, tuning.frozen)

@@ -27,8 +27,9 @@ Record = Mapping[str, np.ndarray | str]
 class EmbeddingRows:
   """The rows of a folder, for a Pipeline, a training loop or `columns`.
 
-  A row has 'z_i' float32 [embed_dim], 'caption' and 'id', strings, and what the job was asked for:
-  'z_t' float32 [embed_dim], 'ids' int32 [t] and 'mask' bool [t], 'states' [t, width].
+  A row has 'z_i' float32 [embed_dim], 'caption' and 'id', strings, 'index' int64, its number in the
+  source, and what the job was asked for: 'z_t' float32 [embed_dim], 'ids' int32 [t] and 'mask' bool
+  [t], 'states' [t, width].
 
   Args:
     folder: `gs://` and the like work as far as ArrayRecord reads them.
@@ -72,26 +73,26 @@ class EmbeddingRows:
     """A row for a Pipeline; nothing of it is random."""
     return self[index]
 
-  def columns(
-    self, names: Iterable[str], start: int = 0, stop: int | None = None
-  ) -> dict[str, Any]:
-    """Some rows in memory: arrays [n, ...], and lists of n strings.
+  def columns(self, names: Iterable[str], indices: Iterable[int] | None = None) -> dict[str, Any]:
+    """Some rows in memory, or all of them: arrays [n, ...], and lists of n strings.
 
     Raises:
       UnclipError: the records have no such name.
     """
-    stop = len(self) if stop is None else min(stop, len(self))
-    rows = [self[index] for index in range(start, stop)]
-    columns = {}
-    for name in names:
-      if rows and name not in rows[0]:
-        raise UnclipError(
-          f'{self._folder} has no {name!r}, only {", ".join(sorted(rows[0]))}: run embed_dataset '
-          'with it'
-        )
-      column = [row[name] for row in rows]
-      columns[name] = column if rows and isinstance(column[0], str) else np.stack(column)
-    return columns
+    columns: dict[str, list[Any]] = {name: [] for name in names}
+    for index in range(len(self)) if indices is None else indices:
+      row = self[int(index)]
+      for name, column in columns.items():
+        if name not in row:
+          raise UnclipError(
+            f'{self._folder} has no {name!r}, only {", ".join(sorted(row))}: run embed_dataset '
+            'with it'
+          )
+        column.append(row[name])
+    return {
+      name: column if column and isinstance(column[0], str) else np.stack(column)
+      for name, column in columns.items()
+    }
 
 
 def read_meta(folder: epath.Path) -> dict[str, Any]:
