@@ -135,7 +135,7 @@ class DecoderNetwork(nn.Module):
       z_i: [b, embed_dim] CLIP image embeddings.
       has_z_i: bool [b]; where false the learned null embedding stands in for z_i.
       known: [b, h, w, 4], a picture, zero where it is to be painted, and 1 where it is known, else
-        0 (GLIDE, section 4.1); None to paint all.
+        0 (GLIDE, section 4); None to paint all.
     """
     config = self.config
     z_i = z_i.astype(jnp.float32) * config.embed_scale

@@ -1,4 +1,4 @@
-"""What of a picture is known: for networks that complete pictures (GLIDE, section 4.1)."""
+"""What of a picture is known: for networks that complete pictures (GLIDE, section 4)."""
 
 from collections.abc import Callable
 from typing import Any
