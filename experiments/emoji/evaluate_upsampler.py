@@ -21,7 +21,7 @@ import unclip_jax
 from experiments.emoji import common
 from experiments.emoji.compose import load_sprites
 from experiments.emoji.enlarge import psnr, upscale
-from experiments.emoji.options import Parser
+from experiments.emoji.parser import Parser
 from experiments.emoji.pool import make_pool
 from unclip_jax import Unclip
 from unclip_jax.data.degradations import area_downsample, bsr_degrade
