@@ -54,6 +54,7 @@ from unclip_jax.types import UnclipError
       r'upsamplers\.0\.image_size is 40: with a keep_low of 1 it must be a multiple of 16',
     ),
     (['upsamplers.0.keep_low=3'], r'upsamplers\.0\.low_size is 16: .* a multiple of 3'),
+    (['upsamplers.0.residual=true'], r'upsamplers\.0\.residual is true: .*must predict x_0'),
     (['upsamplers.0.keep_low=-1'], r'upsamplers\.0\.keep_low is -1: take 0 or more'),
     (['upsamplers.0.blur_fraction=2.0'], r'upsamplers\.0\.blur_fraction is 2: take a fraction'),
     (['upsamplers.0.degradation=rain'], r"upsamplers\.0\.degradation is 'rain'.*blur, bsr"),

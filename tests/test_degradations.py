@@ -5,6 +5,7 @@ import pytest
 import scipy.ndimage
 from PIL import Image
 
+from unclip_jax.data import degradations
 from unclip_jax.data.degradations import area_downsample, bsr_degrade, gaussian_blur
 
 
@@ -90,3 +91,55 @@ def test_bsr_keeps_the_colour_of_a_plain_picture():
   plain = np.full((64, 64, 3), (200, 120, 40), np.uint8)
   mean = np.mean([bsr_degrade(plain, 4, seed).mean(axis=(0, 1)) for seed in range(40)], axis=0)
   np.testing.assert_allclose(mean, (200, 120, 40), atol=4)
+
+
+STEPS = ('_random_blur', '_random_resize', '_gaussian_noise', '_sensor_noise', '_jpeg')
+
+
+def test_bsr_takes_its_steps_in_an_order_of_the_seed(monkeypatch):
+  taken = []
+
+  def record(name):
+    step = getattr(degradations, name)
+
+    def run(rng, image, *args):
+      taken.append(name)
+      return step(rng, image, *args)
+
+    return run
+
+  for name in STEPS:
+    monkeypatch.setattr(degradations, name, record(name))
+
+  def order(seed):
+    taken.clear()
+    bsr_degrade(_picture(32), 4, seed)
+    return tuple(taken)
+
+  orders = [order(seed) for seed in range(80)]
+  assert orders[:5] == [order(seed) for seed in range(5)]
+  assert len(set(orders)) > 50
+  assert {taken[0] for taken in orders} == set(STEPS)
+  assert {taken[-1] for taken in orders} == {'_jpeg'}  # always, whatever was taken before it
+  assert {taken[-2] for taken in orders} == set(STEPS)
+  for taken_of_one in orders:
+    assert taken_of_one.count('_random_blur') == 2 and taken_of_one.count('_gaussian_noise') == 1
+
+
+@pytest.mark.parametrize('factor', [4, 8])
+def test_bsr_blurs_as_much_in_pixels_of_the_small_picture_at_any_factor(factor, monkeypatch):
+  blur, kernel, widths = degradations._random_blur, degradations._gaussian_kernel, []
+
+  def blur_of(rng, image, target):
+    widths.append(image.width / target[0])
+    return blur(rng, image, target)
+
+  def kernel_of(sigma_u, sigma_v, angle):
+    widths[-1] = max(sigma_u, sigma_v) / widths[-1]
+    return kernel(sigma_u, sigma_v, angle)
+
+  monkeypatch.setattr(degradations, '_random_blur', blur_of)
+  monkeypatch.setattr(degradations, '_gaussian_kernel', kernel_of)
+  for seed in range(40):
+    bsr_degrade(_picture(8 * factor), factor, seed)
+  assert 0.65 < max(widths) <= 0.7  # 2.8 at a factor of 4

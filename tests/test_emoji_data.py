@@ -413,6 +413,7 @@ def test_sizes_out_of_range(npm_cache, tmp_path, capsys):
   for arguments, message in (
     (['--size', '0'], '16 to 2048'),
     (['--size', '512', '--styles', '3d'], '256 pixels at most'),
+    (['--groups', 'food'], "unknown group 'food': choose from food-drink"),
   ):
     assert build.main([*arguments, '--out', out, '--cache', str(npm_cache)]) == 1
     assert message in capsys.readouterr().err

@@ -224,6 +224,7 @@ class UpsamplerConfig:
   low_noise: float = 0.0  # most noise (of [-1, 1]) that training adds: a decoder leaves some too
   keep_low: int = 0  # small pixels over whose means colours are brought back to the small image
   final_unet: bool = False  # Karlo: a second network takes the last step
+  residual: bool = False  # the network predicts what the enlarged small image lacks of x_0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -380,3 +381,5 @@ class UnclipConfig:
   # Of a decoder whose captions are read by neither CLIP nor itself.
   decoder_text: XlmRobertaConfig | TextConfig | None = None
   autoencoder: AutoencoderConfig | None = None  # where the decoder paints latents
+  # Of the pictures of a call that names no size, in pixels; None: as the last stage makes them.
+  default_size: int | None = None

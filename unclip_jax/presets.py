@@ -1,4 +1,4 @@
-"""The presets: `tiny` for tests, `emoji_small` (32 -> 128 px), `emoji` (64 -> 256), `paper`.
+"""Presets: `tiny` for tests, `emoji_small` (32 -> 128 -> 1024 px), `emoji` (64 -> 256), `paper`.
 
 Those that end in `_ar` have the autoregressive prior in place of the diffusion prior.
 """
@@ -150,7 +150,21 @@ EMOJI_SMALL = UnclipConfig(
       # backgrounds.
       keep_low=4,
     ),
+    UpsamplerConfig(
+      image_size=1024,
+      low_size=128,
+      # One level, of as many cells as the small picture has pixels: a CPU has no time for more.
+      unet=UNetConfig(3, 3, 40, (1,), 1, condition_channels=3, patch_size=8, num_groups=8),
+      diffusion=DiffusionConfig(prediction='x_0', clip_x_0=1.0),
+      sampling=SamplingConfig(num_steps=4, sampler='ddim', spacing='trailing'),
+      degradation='bsr',
+      keep_low=4,
+      # From nothing, it takes as long to learn to copy the small picture as all the rest.
+      residual=True,
+    ),
   ),
+  # 1024 px take a CPU longer than all stages before.
+  default_size=128,
 )
 
 # On an accelerator; like `emoji_small` it stays below 28 MiB in bfloat16, to come with the package.

@@ -16,6 +16,7 @@ from experiments.emoji.held_out import Gallery
 from experiments.emoji.parser import Parser
 from unclip_jax import Unclip
 from unclip_jax.evaluate.retrieval import Interval, bootstrap, is_first
+from unclip_jax.systems import settings
 from unclip_jax.systems.loading import find_folder
 from unclip_jax.types import UnclipError
 
@@ -52,7 +53,7 @@ class Bench:
     self.num_samples, self.seed = num_samples, seed
     self.labels = np.repeat(np.arange(gallery.num_asked), num_samples)
     self.asked = [gallery.truths[i] for i in self.labels]
-    self.size = model.config.upsamplers[-1].image_size
+    self.size = settings.picture_size(model.config)
     self._styles_and_grounds = [(sprites.style[t.sprite_index], t.background) for t in self.asked]
     self._on_same_ground = {
       key: np.asarray(judge.encode_text(held_out.captions_on_same_ground(sprites, gallery, truth)))

@@ -39,6 +39,9 @@ def main(argv: list[str] | None = None) -> int:
     help='which styles to render (default: all)',
   )
   parser.add_argument(
+    '--groups', nargs='+', help="which of emojibase's groups, such as food-drink (default: all)"
+  )
+  parser.add_argument(
     '--colour-bits',
     type=int,
     choices=range(4, 9),
@@ -56,7 +59,13 @@ def main(argv: list[str] | None = None) -> int:
   start = time.monotonic()
   try:
     counts = builder.build(
-      args.size, args.out, args.cache, args.styles, args.colour_bits, _print_progress
+      args.size,
+      args.out,
+      args.cache,
+      args.styles,
+      args.colour_bits,
+      _print_progress,
+      args.groups,
     )
   except UnclipError as error:
     print(f'error: {error}', file=sys.stderr)

@@ -22,6 +22,7 @@ from experiments.emoji import concepts, packages
 from unclip_jax.types import UnclipError
 
 RENDERED_SIZE = 256  # of the 3D set, which has no vector graphics
+FAST = {'quality': 10, 'method': 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +61,9 @@ def round_colours(image: Image.Image, bits: int) -> Image.Image:
 def encode(image: Image.Image) -> bytes:
   """Returns an RGBA image as lossless WebP; what fully transparent pixels hide is dropped."""
   buffer = io.BytesIO()
-  image.save(buffer, 'WEBP', lossless=True, quality=90, method=6)
+  # A large one takes seconds at the highest effort.
+  effort = {'quality': 90, 'method': 6} if image.width <= RENDERED_SIZE else FAST
+  image.save(buffer, 'WEBP', lossless=True, **effort)
   return buffer.getvalue()
 
 
@@ -70,6 +73,7 @@ def render_all(
   styles: Sequence[str],
   colour_bits: int,
   progress: Callable[[int, int], None],
+  groups: Sequence[str] | None = None,
 ) -> Iterator[RenderedIcon]:
   """Yields every icon of `styles` that has a true image of `size` pixels, with its split.
 
@@ -79,9 +83,17 @@ def render_all(
     styles: which styles to render.
     colour_bits: bits a channel, up to 8.
     progress: called with the number of icons done and their total.
+    groups: restricts emojibase's groups; None is all.
+
+  Raises:
+    UnclipError: there is no such group.
   """
   splits = concepts.assign_splits((icon.emoji.concept, icon.style) for icon in icons)
+  known = sorted({icon.emoji.group for icon in icons})
+  if unknown := sorted(set(groups or ()) - set(known)):
+    raise UnclipError(f'unknown group {unknown[0]!r}: choose from {", ".join(known)}')
   chosen = [icon for icon in icons if icon.style in styles and (icon.svg or size <= RENDERED_SIZE)]
+  chosen = [icon for icon in chosen if groups is None or icon.emoji.group in groups]
   for done, icon in enumerate(chosen, start=1):
     image = round_colours(render(icon, size), colour_bits)
     # An icon without a visible pixel would be a caption without a picture.
@@ -151,6 +163,7 @@ def build(
   styles: Sequence[str],
   colour_bits: int,
   progress: Callable[[int, int], None],
+  groups: Sequence[str] | None = None,
 ) -> dict[str, int]:
   """Builds the sprites at `size` pixels into `out_dir` and returns the number of sprites per split.
 
@@ -158,7 +171,7 @@ def build(
 
   Raises:
     UnclipError: the size is out of range, nothing is left to draw, the folder is not empty, a
-      package cannot be had.
+      package cannot be had, there is no such group.
   """
   if not 16 <= size <= 2048:
     raise UnclipError(f'--size {size}: choose 16 to 2048 pixels')
@@ -167,7 +180,7 @@ def build(
   if size > RENDERED_SIZE and set(styles) == {'3d'}:
     raise UnclipError(f'--size {size}: the 3d style has {RENDERED_SIZE} pixels at most')
   icons = packages.read_icons(packages.fetch_packages(cache_dir))
-  rendered = list(render_all(icons, size, styles, colour_bits, progress))
+  rendered = list(render_all(icons, size, styles, colour_bits, progress, groups))
   partial_dir = out_dir.with_name(out_dir.name + '.partial')
   shutil.rmtree(partial_dir, ignore_errors=True)
   try:

@@ -17,7 +17,7 @@ import unclip_jax
 from experiments.emoji.compose import load_sprites
 from experiments.emoji.domain import make_vocabulary
 from experiments.emoji.options import TrainConfig
-from experiments.emoji.pool import Pool, make_pool
+from experiments.emoji.pool import make_pool
 from unclip_jax import config_json, processes, sharding
 from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.data.vocabulary import Vocabulary
@@ -132,10 +132,14 @@ def make_updates(
 
 
 def compose(
-  train: TrainConfig, size: int, num_examples: int, splits: tuple[str, ...] = ('train',)
-) -> Pool:
-  """Composed examples of a run's domain, pictures of `size` pixels."""
-  return make_pool(
+  train: TrainConfig,
+  size: int,
+  num_examples: int,
+  splits: tuple[str, ...] = ('train',),
+  make: Callable[..., Any] = make_pool,
+) -> Any:
+  """`make_pool`, or what else takes its arguments, of a run's domain, pictures of `size` pixels."""
+  return make(
     size,
     num_examples,
     seed=train.seed if 'train' in splits else train.seed + 1,
@@ -277,7 +281,6 @@ def export_stage(
   if not name.startswith('upsampler'):
     vocabulary = _vocabulary(train, splits)
   written_by = f'unclip_jax {unclip_jax.__version__}'
-  words = vocabulary and vocabulary.to_json()
   with tempfile.TemporaryDirectory() as folder:
     tokenizer = Path(folder) / TOKENIZER_NAME
     train.tokenizer.save(tokenizer)
@@ -289,7 +292,7 @@ def export_stage(
       dtype,
       written_by,
       stages,
-      words,
+      vocabulary and vocabulary.to_json(),
       decoder_tokenizer_file=decoder_tokenizer,
     )
 

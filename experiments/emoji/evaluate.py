@@ -30,14 +30,13 @@ from experiments.emoji.bench import (
   table,
 )
 from experiments.emoji.compose import CaptionedEmoji, in_domain
+from experiments.emoji.enlarge import psnr, upscale
 from unclip_jax import Unclip
 from unclip_jax.configs import ArPriorConfig
 from unclip_jax.data.degradations import area_downsample
 from unclip_jax.evaluate.frechet import MIN_ROWS_A_DIMENSION, frechet_distance
 from unclip_jax.evaluate.retrieval import bootstrap, is_first
 from unclip_jax.images import make_grid
-from unclip_jax.stages import common as stage_common
-from unclip_jax.stages import upsampler
 from unclip_jax.types import UnclipError
 
 MIN_JUDGE = 0.8  # R@1 on real pictures, below which a judge's word is worth little
@@ -155,31 +154,6 @@ def cosines(model: Unclip, captions: list[str], z_i: np.ndarray) -> str:
   own, others = bootstrap(scores[labels, labels]), np.ones(scores.shape, bool)
   others[labels, labels] = False
   return f'cosine to the true z_i {own}, to those of others {scores[others].mean():.3f}'
-
-
-def upscale(model: Unclip, low: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Small pictures (float in [-1, 1]) by the first upsampler and bicubic, uint8."""
-  config = model.config.upsamplers[0]
-  plan = stage_common.make_plan(config.diffusion, config.sampling)
-  sampling = config.sampling
-  sampler = stage_common.make_sampler(sampling.sampler, sampling.variance, sampling.eta)
-
-  @jax.jit
-  def enlarge(params, low, key_b):
-    return upsampler.sample(config, params, low, key_b, plan, sampler)[0]
-
-  keys = jax.random.split(jax.random.key(0), len(low))
-  params = model.params['upsampler_0']
-  parts = [enlarge(params, low[i : i + 1], keys[i : i + 1]) for i in range(len(low))]
-  return common.to_uint8(jnp.concatenate(parts)), common.to_uint8(
-    upsampler.upscale(jnp.asarray(low), config.image_size)
-  )
-
-
-def psnr(images: np.ndarray, real: np.ndarray) -> float:
-  """Peak signal-to-noise ratio of uint8 pictures in dB, over all of them."""
-  error = np.mean((images.astype(np.float64) - real) ** 2)
-  return float(10 * np.log10(255**2 / max(error, 1e-12)))
 
 
 def measure_scenes(bench: Bench, num: int) -> dict[str, Row]:

@@ -1,4 +1,7 @@
-"""A pool of composed examples in memory, for training loops that draw their batches from arrays."""
+"""A pool of composed examples in memory, for training loops that draw their batches from arrays.
+
+Of pictures that are too large for it, crops.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +11,7 @@ import grain
 import numpy as np
 
 from experiments.emoji.compose import CaptionedEmoji, Example, load_sprites
+from unclip_jax.data.pictures import PictureConfig, make_picture
 
 
 class Pool(NamedTuple):
@@ -30,6 +34,20 @@ class Pool(NamedTuple):
   is_scene: np.ndarray
   relation: np.ndarray
   background: np.ndarray
+
+
+class Crops(NamedTuple):
+  """Crops of composed examples, and the same small and degraded.
+
+  Attributes:
+    images: uint8 [n, crop, crop, 3].
+    low: uint8 [n, crop / factor, crop / factor, 3].
+    captions: n strings, of the examples.
+  """
+
+  images: np.ndarray
+  low: np.ndarray
+  captions: list[str]
 
 
 def captioned_emoji(
@@ -101,3 +119,29 @@ def make_pool(
     np.array(relation, np.int32),
     np.array(background, np.int32),
   )
+
+
+def make_crops(
+  examples: Sequence[Example], num_crops: int, config: PictureConfig, seed: int
+) -> Crops:
+  """Cuts as many crops from each example, and degrades them: crop i depends on (seed, i) alone.
+
+  One example is composed at a time.
+
+  Args:
+    examples: pictures of `config.size` pixels, such as `captioned_emoji` composes.
+    num_crops: how many, at least one of each example.
+    config: of the crops, with a bsr_factor.
+    seed: of everything random.
+  """
+  low_side = config.side // config.bsr_factor
+  images = np.empty((num_crops, config.side, config.side, 3), np.uint8)
+  low = np.empty((num_crops, low_side, low_side, 3), np.uint8)
+  each, captions = -(-num_crops // len(examples)), []
+  for i in range(num_crops):
+    if i % each == 0:
+      example = examples[i // each]
+    rng = np.random.default_rng((seed, i))
+    images[i], low[i] = make_picture(example.image, example.caption, config, rng)
+    captions.append(example.caption)
+  return Crops(images, low, captions)

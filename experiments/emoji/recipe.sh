@@ -5,8 +5,9 @@
 #
 # STAGE is one of build clip prior decoder upsampler judge sweep evaluate report; without any, all
 # run in this order. The stage ar_prior, which is asked for by name, trains an autoregressive prior
-# for the run into RUN/ar_prior, and `evaluate` then compares both. Each is one call that continues
-# where it was stopped. On an accelerator
+# for the run into RUN/ar_prior, and `evaluate` then compares both; so are build_large, upsampler_1
+# and evaluate_upsampler, in this order, which render emoji at 1024 px, train the second upsampler on
+# them and measure it. Each is one call that continues where it was stopped. On an accelerator
 # PRESET=emoji trains the larger networks on the whole set, with the scripts' own settings. The
 # embedded weights came about in more legs than this, by the same scripts: see docs/emoji.md.
 set -euo pipefail
@@ -15,6 +16,8 @@ shift
 cd "$(dirname "$0")/../.."
 preset=${PRESET:-emoji_small}
 data=$run/data
+large=$run/data_1024
+vectors=(--styles flat noto --groups animals-nature food-drink)
 domain=(--preset "$preset")
 if [ "$preset" = emoji_small ]; then
   size=128
@@ -39,6 +42,10 @@ if [ "$preset" = emoji_small ]; then
     --steps 2000 --batch-size 32 --pool-size 3072 --ema-decay 0.998
     --set optimizer.learning_rate=8e-4 "${decay[@]}"
   )
+  upsampler_1=(
+    --steps 2000 --batch-size 16 --pool-size 4096 --ema-decay 0.998 --save-every 250
+    --set optimizer.learning_rate=1e-3 "${decay[@]}"
+  )
   judge=(--steps 1000 --batch-size 128 --pool-size 16384 --save-every 250)
 else
   size=256
@@ -47,6 +54,7 @@ else
   ar_prior=()
   decoder=()
   upsampler=()
+  upsampler_1=()
   judge=()
 fi
 
@@ -55,7 +63,8 @@ train() { python -m "experiments.emoji.train_$1" "${domain[@]}" "${@:2}"; }
 stages=("$@")
 [ $# -gt 0 ] || stages=(build clip prior decoder upsampler judge sweep evaluate report)
 for stage in "${stages[@]}"; do
-  [[ $stage =~ ^(build|clip|prior|ar_prior|decoder|upsampler|judge|sweep|evaluate|report)$ ]] ||
+  known='build|clip|prior|ar_prior|decoder|upsampler|judge|sweep|evaluate|report'
+  [[ $stage =~ ^($known|build_large|upsampler_1|evaluate_upsampler)$ ]] ||
     { echo "recipe.sh: no stage $stage" >&2 && exit 2; }
 done
 for stage in "${stages[@]}"; do
@@ -73,6 +82,18 @@ for stage in "${stages[@]}"; do
       # The preset is that of the run.
       python -m experiments.emoji.train_ar_prior --init "$run" --run "$run/ar_prior" \
         "${domain[@]:2}" "${ar_prior[@]}"
+      ;;
+    build_large)
+      [ -e "$large/dataset_info.json" ] ||
+        python -m experiments.emoji.build --size 1024 --out "$large" "${vectors[@]}"
+      ;;
+    upsampler_1)
+      train_large=(--run "$run" --preset "$preset" --data "$large" --stage 1 "${vectors[@]}")
+      python -m experiments.emoji.train_upsampler "${train_large[@]}" "${upsampler_1[@]}"
+      ;;
+    evaluate_upsampler)
+      python -m experiments.emoji.evaluate_upsampler --run "$run" --data "$large" \
+        --images "$run/images"
       ;;
     judge) train judge --run "$run/judge" "${judge[@]}" ;;
     sweep | evaluate)

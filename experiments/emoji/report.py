@@ -28,9 +28,11 @@ from experiments.emoji.held_out import real_pictures
 from experiments.emoji.parser import Parser
 from unclip_jax import Unclip
 from unclip_jax.images import make_grid
+from unclip_jax.systems import settings
 from unclip_jax.types import UnclipError
 
-STAGES = ('clip', 'prior', 'draft', 'decoder', 'upsampler_0')  # the draft is part of the decoder
+# The draft is part of the decoder.
+STAGES = ('clip', 'prior', 'draft', 'decoder', 'upsampler_0', 'upsampler_1')
 COLUMNS = 8
 COMPARED = 16  # real pictures beside the model's
 CAPTION_HEIGHT = 34
@@ -99,7 +101,7 @@ def training_rows(folder: Path) -> list[str]:
 def compare(model: Unclip, sprites: Sprites, truths: list[Truth]) -> np.ndarray:
   """Three rows: the real pictures, decoded from their true z_i, and drawn from their captions."""
   captions = [truth.caption for truth in truths]
-  size = model.config.upsamplers[-1].image_size
+  size = settings.picture_size(model.config)
   seen = real_pictures(sprites, truths, model.config.clip.vision.image_size)
   decoded = model.sample(captions, seed=0, z_i=model.encode_image(seen)).images
   rows = (real_pictures(sprites, truths, size), decoded, model.sample(captions, seed=0).images)

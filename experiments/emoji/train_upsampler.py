@@ -3,6 +3,11 @@
 python -m experiments.emoji.build --size 128 --out data/128px
 python -m experiments.emoji.train_upsampler --run runs/emoji_small --data data/128px
 python -m experiments.emoji.train_upsampler --run runs/mine --folder pictures --workers 8
+
+The second one, whose conditions are degraded (BSR) on the host, once for each crop of a pool:
+
+python -m experiments.emoji.build --size 1024 --out data/1024px
+python -m experiments.emoji.train_upsampler --stage 1 --run runs/emoji_small --data data/1024px
 """
 
 import dataclasses
@@ -15,9 +20,10 @@ from experiments.emoji import common, origin
 from experiments.emoji.bad_steps import make_watch
 from experiments.emoji.compose import load_sprites
 from experiments.emoji.options import parse_options, save_options
+from experiments.emoji.pool import captioned_emoji, make_crops
 from experiments.emoji.stream import open_stream
 from unclip_jax import processes, sharding
-from unclip_jax.data.degradations import area_downsample, bsr_degrade, gaussian_blur
+from unclip_jax.data.degradations import area_downsample, gaussian_blur
 from unclip_jax.data.pictures import PictureConfig
 from unclip_jax.images import make_grid
 from unclip_jax.stages import common as stage_common
@@ -29,6 +35,7 @@ from unclip_jax.types import UnclipError
 from unclip_jax.weights.checkpoint import Checkpoints
 
 NUM_HELD_OUT = 8
+NUM_CROPS = 8  # of a picture: to compose a large one takes longer than to degrade a crop of it
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -50,35 +57,40 @@ def main(argv: list[str] | None = None) -> None:
   low_crop = crop // scale
   name = f'upsampler_{train.stage}'
 
+  is_degraded = config.degradation == 'bsr'
+  picture = PictureConfig(
+    config.image_size,
+    crop,
+    random_crop=True,
+    least_side=config.image_size,
+    bsr_factor=scale if is_degraded else None,
+  )
+
   @jax.jit
   def shrink(images):
     low = area_downsample(common.to_float(images), scale)
     return jnp.round((low + 1) * 127.5).astype(jnp.uint8)
 
-  def load(num_examples, splits):
-    """Pictures [n, image_size, image_size, 3] and the same, small, both uint8; their captions."""
+  def load(num_examples, splits, num_pictures):
+    """Pictures and the same, small, both uint8 [n, h, w, 3]; their captions.
+
+    Where they are degraded, crops of `num_pictures`: whole ones of 1024 px would fill the memory.
+    """
+    if is_degraded:
+      pictures = common.compose(train, config.image_size, num_pictures, splits, captioned_emoji)
+      crops = make_crops(pictures, num_examples, picture, train.seed)
+      return {'image': jnp.asarray(crops.images), 'low': jnp.asarray(crops.low)}, crops.captions
     pool = common.compose(train, config.image_size, num_examples, splits)
     images = pool.images
-    if config.degradation == 'bsr':
-      small = [bsr_degrade(image, scale, (train.seed, i)) for i, image in enumerate(images)]
-    else:
-      small = [
-        row for i in range(0, len(images), 64) for row in np.asarray(shrink(images[i : i + 64]))
-      ]
+    small = [
+      row for i in range(0, len(images), 64) for row in np.asarray(shrink(images[i : i + 64]))
+    ]
     return {'image': jnp.asarray(images), 'low': jnp.asarray(np.stack(small))}, pool.captions
 
   def with_low(batch):
     return batch if 'low' in batch else {**batch, 'low': shrink(batch['image'])}
 
   if train.source is not None:
-    is_degraded = config.degradation == 'bsr'
-    picture = PictureConfig(
-      config.image_size,
-      crop,
-      random_crop=True,
-      least_side=config.image_size,
-      bsr_factor=scale if is_degraded else None,
-    )
     data, held_out = open_stream(
       train, name, mesh, picture, NUM_HELD_OUT, reads_captions=False, prepare=with_low
     )
@@ -89,8 +101,8 @@ def main(argv: list[str] | None = None) -> None:
       f'python -m experiments.emoji.build --size {config.image_size} --out DIR, then --data DIR'
     )
   else:
-    data, captions = load(train.pool_size, ('train',))
-    held_out, _ = load(NUM_HELD_OUT, ('val_pairs',))
+    data, captions = load(train.pool_size, ('train',), -(-train.pool_size // NUM_CROPS))
+    held_out, _ = load(NUM_HELD_OUT, ('val_pairs',), NUM_HELD_OUT)
     data = sharding.place_whole(data, mesh)
 
   def loss_fn(params, batch, key):
@@ -107,7 +119,8 @@ def main(argv: list[str] | None = None) -> None:
 
   def make_batch(pool, indices, key):
     """A random crop of each picture, the same of the large one and of the small one."""
-    corners = jax.random.randint(key, (len(indices), 2), 0, config.low_size - low_crop + 1)
+    low_size = pool['low'].shape[1]
+    corners = jax.random.randint(key, (len(indices), 2), 0, low_size - low_crop + 1)
 
     def cut(index, corner):
       y, x = corner

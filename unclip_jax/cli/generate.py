@@ -196,7 +196,7 @@ def generate(
       others |= {'lora': lora, 'lora_strength': lora_strength}
     described = {
       'model': model,
-      'size': size or settings.sizes(config)[len(ups)],
+      'size': settings.picture_size(config, size),
       'dtype': dtype,
       'negative_prompt': negative_prompt,
       **_describe_source(config, image, samplings.prior, prior_candidates),

@@ -54,6 +54,8 @@ def info(
   sizes = f'{", ".join(map(str, settings.sizes(config)))} px' if config.decoder else 'none'
   if (multiple := settings.size_multiple(config)) is not None:
     sizes += f', and other multiples of {multiple}'
+  if config.default_size is not None:
+    sizes += f'; {config.default_size} unless --size asks for another'
   tokenizer = opened.tokenizer or opened.decoder_tokenizer
   cache = jax.config.jax_compilation_cache_dir or cache_folder()
   measured = ', '.join(name.replace('_', ' ') for name in opened.eps_power)

@@ -56,7 +56,7 @@ DtypeOption = Annotated[
 ]
 SizeOption = Annotated[
   int | None,
-  option(OUTPUT, "Pixels: a size that 'unclip-jax info' lists. (default: the largest)"),
+  option(OUTPUT, "Pixels: a size that 'unclip-jax info' lists. (default: the model's own)"),
 ]
 
 _SAMPLER_HELP = 'ddpm, ddim, dpmpp_2m, dpmpp_2m_sde, unipc, plms or analytic.'

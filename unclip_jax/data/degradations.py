@@ -19,7 +19,7 @@ from unclip_jax.types import Array
 BLUR_KERNEL = 3  # table 3 of the paper, as is the sigma
 BLUR_SIGMA = 0.6
 
-MAX_SIGMA = 2.8  # BSRGAN's isotropic blur at a factor of 4
+MAX_SIGMA = 0.7  # in pixels of the small picture: BSRGAN's isotropic blur, 2.8 at a factor of 4
 
 _INTERPOLATIONS = (
   Image.Resampling.NEAREST,
@@ -88,7 +88,8 @@ def bsr_degrade(image: np.ndarray, factor: int, seed: int | tuple[int, ...]) -> 
 
   Args:
     image: uint8 [h, w, 3], h and w multiples of `factor`.
-    factor: how many times smaller the result is, 4 in the paper.
+    factor: how many times smaller the result is, 4 in the paper. What a pixel of the result loses
+      is the same for all.
     seed: the result is a function of the image and of this, e.g. (seed, index).
 
   Returns:
@@ -100,8 +101,8 @@ def bsr_degrade(image: np.ndarray, factor: int, seed: int | tuple[int, ...]) -> 
   rng = np.random.default_rng(seed)
   target = (width // factor, height // factor)
   steps: list[Callable[[Image.Image], Image.Image]] = [
-    lambda img: _random_blur(rng, img, width),
-    lambda img: _random_blur(rng, img, width),
+    lambda img: _random_blur(rng, img, target),
+    lambda img: _random_blur(rng, img, target),
     lambda img: _random_resize(rng, img, target),
     lambda img: img.resize(target, _pick(rng, _INTERPOLATIONS[1:])),
     lambda img: _gaussian_noise(rng, img),
@@ -116,10 +117,12 @@ def bsr_degrade(image: np.ndarray, factor: int, seed: int | tuple[int, ...]) -> 
   return np.asarray(_jpeg(rng, degraded))
 
 
-def _random_blur(rng: np.random.Generator, image: Image.Image, full_width: int) -> Image.Image:
+def _random_blur(
+  rng: np.random.Generator, image: Image.Image, target: tuple[int, int]
+) -> Image.Image:
   """Blurs with a Gaussian, half of the time with one of any direction and two widths."""
-  # As wide before a reduction as after it: in pixels of the picture at its full width.
-  widest = MAX_SIGMA * image.width / full_width
+  # As wide before a reduction as after it.
+  widest = MAX_SIGMA * image.width / target[0]
   sigma_u = max(0.1, rng.uniform(0, widest))
   sigma_v = sigma_u if rng.random() < 0.5 else max(0.1, rng.uniform(0, widest))
   kernel = _gaussian_kernel(sigma_u, sigma_v, rng.uniform(0, np.pi))

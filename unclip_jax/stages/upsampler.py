@@ -98,6 +98,7 @@ def loss(
       deterministic=False,
       rngs={'dropout': key_dropout},
     )
+    output = output + low if config.residual else output
     loss_b, metrics = losses.diffusion_loss(
       output,
       image_bhwc,
@@ -148,8 +149,13 @@ def sample(
     variables = {'params': params[name]}
     condition = network.apply(variables, low, method='encode_condition')
     time_embs = network.apply(variables, plan.t, method='encode_time')
+
+    def predict(x_t: Array, emb: Array, given: Array) -> Array:
+      output = network.apply(variables, x_t, emb, condition=given)
+      return output + low if config.residual else output
+
     denoise_fn = make_denoise_fn(
-      lambda x_t, emb, given: network.apply(variables, x_t, emb, condition=given),
+      predict,
       condition,
       time_embs,
       config.diffusion,

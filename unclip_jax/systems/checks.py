@@ -24,6 +24,7 @@ from unclip_jax.configs import (
   XlmRobertaConfig,
 )
 from unclip_jax.stages import common
+from unclip_jax.systems.settings import sizes
 from unclip_jax.types import UnclipError
 
 DEGRADATIONS = ('blur', 'bsr')
@@ -38,6 +39,9 @@ def check_config(config: UnclipConfig) -> None:
   if config.upsamplers and config.decoder is None:
     raise UnclipError('there are upsamplers, but no decoder that they could follow')
   _check_stages_meet(config)
+  if config.default_size is not None and config.default_size not in sizes(config):
+    made = ' or '.join(map(str, sizes(config))) or 'no'
+    raise UnclipError(f'default_size is {config.default_size}: the stages make {made} pixels')
   if config.clip is not None:
     _check_clip(config.clip)
   if config.autoencoder is not None and not 0 < config.autoencoder.scaling < math.inf:
@@ -180,6 +184,8 @@ def _check_upsampler(name: str, stage: UpsamplerConfig) -> None:
     raise UnclipError(
       f'{name}.degradation is {stage.degradation!r}: take one of {", ".join(DEGRADATIONS)}'
     )
+  if stage.residual and (stage.diffusion.prediction != 'x_0' or stage.diffusion.learned_variance):
+    raise UnclipError(f'{name}.residual is true: its network must predict x_0, and no variance')
   if stage.keep_low < 0:
     raise UnclipError(f'{name}.keep_low is {stage.keep_low}: take 0 or more')
   sizes = {'low_size': stage.low_size, 'image_size': stage.image_size}

@@ -77,7 +77,7 @@ class Fused:
       where that is no multiple of the number of devices.
     samplings: how stages are sampled, where not as the model says.
     num_candidates: embeddings that the prior draws for each image; None takes the model's.
-    size: in pixels, of the images; None is the largest.
+    size: in pixels, of the images; None is the model's own.
     program: (params, inputs) -> Drawn.
     mesh: the devices that a batch is spread over, None for the default one.
     eps_power: of stages, what the sampler analytic needs.
@@ -221,7 +221,7 @@ def fuse(
     decoder: the same for the decoder.
     upsampler: the same for all upsamplers.
     num_candidates: embeddings that the prior draws for each image; None takes the model's.
-    size: in pixels, that of the stage to stop at; None goes to the end.
+    size: in pixels, that of the stage to stop at; None as of `Unclip.sample`.
 
   Raises:
     UnclipError: an argument is not as of `Unclip.sample`, or the model draws no pictures of

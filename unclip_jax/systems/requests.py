@@ -86,7 +86,7 @@ def make(
     )
   _check_effects(config, captions, samplings, num_candidates, given, negative_prompt)
   num_ups = settings.num_upsamplers(config, size)
-  prior, decoder, upsamplers = _resolve(config, samplings, eps_power)
+  prior, decoder, upsamplers = _resolve(config, samplings, num_ups, eps_power)
   guided = decoder.guidance_scale is not None or (
     given.z_i is None and prior is not None and prior.guidance_scale is not None
   )
@@ -227,9 +227,9 @@ def _check_effects(
 
 
 def _resolve(
-  config: UnclipConfig, asked: Samplings, eps_power: Mapping[str, np.ndarray]
+  config: UnclipConfig, asked: Samplings, num_ups: int, eps_power: Mapping[str, np.ndarray]
 ) -> tuple[Any, Any, tuple[Any, ...]]:
-  """Settings of prior, decoder and all upsamplers, also where an earlier size is the end."""
+  """Settings of prior, decoder and the upsamplers that run, or of the first where none does."""
   if not isinstance(asked.upsampler, Sampling):
     raise UnclipError(f'upsampler: give a Sampling, not {type(asked.upsampler).__name__}')
   own = asked.upsampler
@@ -246,7 +246,7 @@ def _resolve(
   elif config.prior is not None:
     prior = resolve('prior', config.prior, asked.prior)
   decoder = resolve('decoder', config.decoder, asked.decoder)
-  ups = enumerate(config.upsamplers)
+  ups = enumerate(config.upsamplers[: max(1, num_ups)])
   return prior, decoder, tuple(resolve(f'upsampler {i}', up, asked.upsampler) for i, up in ups)
 
 

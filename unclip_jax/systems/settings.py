@@ -357,13 +357,19 @@ def at_size(config: UnclipConfig, size: int | None) -> UnclipConfig:
   return dataclasses.replace(config, decoder=decoder)
 
 
+def picture_size(config: UnclipConfig, size: int | None = None) -> int:
+  """Pixels a side of the pictures of a call that asks for `size`; as `num_upsamplers`."""
+  return sizes(config)[num_upsamplers(config, size)]
+
+
 def num_upsamplers(config: UnclipConfig, size: int | None) -> int:
-  """How many upsamplers make images of `size` pixels; None takes all.
+  """How many upsamplers make images of `size` pixels; None is the model's own size.
 
   Raises:
     UnclipError: no stage ends at that size.
   """
   known = sizes(config)
+  size = config.default_size if size is None else size
   if size is None:
     return len(known) - 1
   if isinstance(size, bool | float) or size not in known:

@@ -145,8 +145,8 @@ class Unclip:
       upsampler: the same for all upsamplers.
       num_candidates: embeddings that the prior draws for each image, to keep the one nearest to
         z_t (section 2.2); None takes the model's.
-      size: in pixels, that of the stage to stop at; None goes to the end. A decoder of latents
-        paints other sizes than its own too.
+      size: in pixels, that of the stage to stop at; None takes the model's `default_size`, and
+        without one goes to the end. A decoder of latents paints other sizes than its own too.
       z_t: float [n or 1, d], CLIP text embeddings in place of the captions' own.
       z_i: float [n or 1, d], CLIP image embeddings to decode; the prior does not run.
       image: [n or 1, h, w, 3], uint8 or float in [-1, 1], for a network that completes pictures.
