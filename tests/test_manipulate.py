@@ -121,6 +121,20 @@ def test_a_text_diff_turns_z_i_towards_the_direction(model, latents):
   assert abs(directions[0] @ z_d) < 0.999 and abs(directions[0] @ directions[1]) < 0.999
 
 
+def test_without_a_baseline_a_text_diff_turns_to_the_target_itself_and_needs_no_source(
+  model, latents
+):
+  z_t = np.asarray(model.encode_text([ROCKET]))[0]
+  unit = z_t / np.linalg.norm(z_t)
+  for source in (None, APPLE):
+    z_d = manipulate.text_direction(model, source, ROCKET, 'none')
+    np.testing.assert_allclose(z_d, unit, atol=1e-6)
+  row = manipulate.text_diff(model, ONE, None, ROCKET, 0.5, 2, 'none', HOW)
+  # Half of the way on the great circle.
+  half = latents.z_i[0] + unit
+  np.testing.assert_allclose(row.z_i[1], half / np.linalg.norm(half), atol=1e-5)
+
+
 def test_components_bring_an_embedding_back_the_more_of_them_the_nearer(model):
   batches = [np.stack([pixels(seed) for seed in range(start, start + 10)]) for start in (0, 10)]
   pca = manipulate.fit_pca(model, batches)
@@ -307,8 +321,10 @@ GREY, TOO_BRIGHT = np.zeros((4, 4), np.uint8), np.full((4, 4, 3), 200.0)
     (lambda m: manipulate.text_diff(m, ONE, APPLE, ROCKET, -0.1), r'theta is -0.1: take 0 to 1'),
     (lambda m: manipulate.text_diff(m, ONE, APPLE, APPLE), 'the same to CLIP: there is no dir'),
     (lambda m: manipulate.text_diff(m, ONE, '', APPLE), 'the source caption is empty'),
+    (lambda m: manipulate.text_diff(m, ONE, None, APPLE), 'the source caption must be text'),
+    (lambda m: manipulate.text_direction(m, None, '', 'none'), 'the target caption is empty'),
     (lambda m: manipulate.text_diff(m, ONE, APPLE, ''), 'the target caption is empty'),
-    (lambda m: manipulate.text_direction(m, '', APPLE, 'none'), "there is no baseline 'none'"),
+    (lambda m: manipulate.text_direction(m, '', APPLE, 'any'), "there is no baseline 'any'"),
     (lambda m: manipulate.inpaint(m, ONE, HALF.T, APPLE), 'they must be of one size'),
     (lambda m: manipulate.inpaint(m, ONE, HALF * 1.0, APPLE), 'mask must be of booleans'),
     (lambda m: manipulate.inpaint(m, ONE, ~HALF & HALF, APPLE), 'nothing to be painted'),

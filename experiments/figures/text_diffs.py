@@ -31,9 +31,9 @@ def text_diffs(setup: Setup) -> Sheet:
       found = manipulate.text_diff(
         setup.model, picture, source, target, THETA, FRAMES, baseline, setup.how
       )
-      away = {'caption': source, 'dummy': manipulate.rows.DUMMY, 'empty': '(empty)'}[baseline]
+      away = {'caption': source, 'dummy': manipulate.rows.DUMMY, 'empty': '(empty)'}
       rows.append([picture, *found.images])
-      titles.append(f'{away} -> {target}')
+      titles.append(f'{away.get(baseline, "")} -> {target}'.strip())
       measured.append(found.measured)
   names = ['given', *(f'theta {THETA * i / (FRAMES - 1):.1f}' for i in range(FRAMES))]
   return Sheet(rows, names, titles, measured)

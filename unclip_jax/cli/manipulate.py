@@ -169,19 +169,34 @@ def interpolate(
 @with_common
 def text_diff(
   image: ImageArgument,
-  source: Annotated[str, typer.Argument(metavar='SOURCE', help='What the picture shows.')],
-  target: Annotated[str, typer.Argument(metavar='TARGET', help='What it is to show.')],
+  texts: Annotated[
+    list[str],
+    typer.Argument(
+      metavar='[SOURCE] TARGET',
+      help='What the picture shows, which --baseline caption alone needs; what it is to show.',
+    ),
+  ],
   theta: Annotated[
     float, typer.Option(help='How far the last frame is turned to TARGET, above 0 to 1.')
   ] = 0.5,
   n: Annotated[int, typer.Option('-n', metavar='N', help='Frames.')] = 5,
   baseline: Annotated[
     str,
-    typer.Option(help='What TARGET is told from: caption (SOURCE), dummy ("a photo") or empty.'),
+    typer.Option(
+      help='What TARGET is told from: caption (SOURCE), dummy ("a photo"), empty (an empty '
+      'caption) or none.'
+    ),
   ] = 'caption',
   common: Any = None,
 ) -> None:
   """Draw a picture on its way from one caption to another."""
+  *sources, target = texts
+  if len(sources) > 1 or (baseline == 'caption' and not sources):
+    raise typer.BadParameter(
+      f'there are {len(texts)} captions: give SOURCE and TARGET, or TARGET alone with another '
+      '--baseline than caption'
+    )
+  source = sources[0] if sources else None
 
   def draw(model: Any, how: Any, pictures: Sequence[Any]) -> Any:
     return unclip_jax.manipulate.text_diff(

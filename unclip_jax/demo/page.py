@@ -154,7 +154,7 @@ def _text_diff(studio: Studio) -> None:
     source = _text('What it shows', '', 'a flat cat')
     target = _text('What it is to show', '', 'a 3D cat')
     theta = gr.Slider(0.05, 1, 0.5, step=0.05, label='How far the last frame is turned (theta)')
-    words = ('what it shows', f'"{DUMMY}"', 'nothing')
+    words = ('what it shows', f'"{DUMMY}"', 'an empty caption', 'nothing')
     baseline = gr.Radio(
       list(zip(words, BASELINES, strict=True)), value=BASELINES[0], label='Turned away from'
     )
