@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from commands import run
+from known_words import KNOWN, add_vocabulary
 from made_pictures import encoded, pixels
 from PIL import Image
 from tiny_model import TEXTS, write_tiny_model
@@ -91,6 +92,20 @@ def test_a_text_diff_reads_its_source_where_it_counts(model, pictures, tmp_path,
     assert call(model, tmp_path / 'out', *given, *texts) == 2
     assert words in capsys.readouterr().err
   assert not (tmp_path / 'out').exists()
+
+
+def test_words_that_the_model_never_saw_are_named(pictures, tmp_path, capsys):
+  model = add_vocabulary(write_tiny_model(tmp_path / 'model'), KNOWN.to_json())
+  for args, words in (
+    (('text-diff', pictures[0], 'a rokcet', 'a laptop', '-n', 2), ('rokcet', 'laptop')),
+    (('inpaint', pictures[0], 'a rokcet', '--margin', 0.25, '-n', 1), ('rokcet',)),
+    (('redraw', pictures[0], 'a rokcet', '-n', 2), ('rokcet',)),
+  ):
+    assert call(model, tmp_path / 'out', *args) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if 'never saw' in line]
+    assert len(lines) == len(words)
+    for line, word in zip(lines, words, strict=True):
+      assert line.startswith(f"unclip-jax: warning: 'a {word}': the model never saw '{word}'")
 
 
 def test_components_come_from_a_folder_and_each_picture_has_a_row(

@@ -1,12 +1,14 @@
 """The page without a browser: what its tabs do, what it takes of people, what it lets through."""
 
 import asyncio
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 from broken_pictures import damaged, header_of, none, whole
 from commands import run
+from known_words import KNOWN
 from made_pictures import encoded, pixels
 from PIL import Image
 from tiny_model import TEXTS, load_tiny, without, write_tiny_model
@@ -140,6 +142,15 @@ def test_rows_are_those_of_the_functions(studio, files, drawing):
   picture, is_painted = limits.read_drawing(drawing, SIDE)
   expected = manipulate.inpaint(model, picture, is_painted, ROCKET, 2, how=how)
   np.testing.assert_array_equal(shown.images, expected.images)
+
+
+def test_words_that_the_model_never_saw_are_named_below_rows_too(model, files, drawing):
+  studio = Studio(dataclasses.replace(model, vocabulary=KNOWN), rows=2)
+  shown = last(studio.text_diff(files[0], 'a rokcet', 'a laptop', 0.5, 'caption', 5, STEPS))
+  for word in ('rokcet', 'laptop'):
+    assert f"\n\n'a {word}': the model never saw '{word}'" in shown.line
+  shown = last(studio.inpaint(drawing, 'a rokcet', 2, 5, STEPS))
+  assert "the model never saw 'rokcet'; the nearest it knows is 'rocket'" in shown.line
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from known_words import KNOWN, add_vocabulary
 from PIL import Image
 from tiny_model import write_tiny_model
 
@@ -14,6 +15,7 @@ import unclip_jax
 from experiments.emoji import captions
 from experiments.emoji.compose import CaptionedEmoji, load_sprites
 from experiments.emoji.domain import make_vocabulary
+from unclip_jax import manipulate
 from unclip_jax.cli import main
 from unclip_jax.data.vocabulary import Vocabulary, split_words
 from unclip_jax.images import make_sheet, read_text
@@ -22,15 +24,6 @@ from unclip_jax.systems.loading import DEFAULT_FOLDER
 from unclip_jax.systems.unclip import Unclip
 from unclip_jax.types import UnclipError
 
-KNOWN = Vocabulary(
-  lists={
-    'styles': ('flat', '3d'),
-    'colours': ('grey',),
-    'concepts': ('berries', 'red apple', 'rocket', 't-rex'),
-  },
-  words=frozenset(split_words('a an on flat 3d style red apple rocket t rex berries grey gray')),
-  prompt='{style} {concept}',
-)
 APPLE = 'a red apple, flat style'
 FEW_STEPS = {
   'prior': unclip_jax.Sampling(2),
@@ -38,14 +31,6 @@ FEW_STEPS = {
   'num_candidates': 1,
   'size': 16,
 }
-
-
-def add_vocabulary(folder: Path, content: object) -> Path:
-  """Gives a model folder a vocabulary, as a file that anybody may have written."""
-  manifest = json.loads((folder / 'unclip.json').read_text())
-  (folder / 'unclip.json').write_text(json.dumps(manifest | {'vocabulary': 'words.json'}))
-  (folder / 'words.json').write_text(json.dumps(content))
-  return folder
 
 
 @pytest.fixture(scope='module')
@@ -188,6 +173,23 @@ def test_words_never_seen_are_named_once_with_what_is_nearest(model):
 def test_a_negative_prompt_is_spoken_of_too(model):
   (said,) = notices(model, APPLE, negative_prompt='a rokcet')
   assert said.startswith("'a rokcet': the model never saw 'rokcet'")
+
+
+def test_both_captions_of_a_text_diff_are_spoken_of(model):
+  with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter('always', UserWarning)
+    manipulate.text_direction(model, 'a rokcet', 'a laptop')
+    manipulate.text_direction(model, 'a laptop', 'a rokcet', 'dummy')
+    manipulate.text_direction(model, 'a laptop', APPLE, 'none')
+  lines = [str(one.message) for one in caught if 'was cut off' not in str(one.message)]
+  # What was told from is named where it was read.
+  assert [line.split(';')[0] for line in lines] == [
+    "'a rokcet': the model never saw 'rokcet'",
+    "'a laptop': the model never saw 'laptop'",
+    "'a photo': the model never saw 'photo'",
+    "'a rokcet': the model never saw 'rokcet'",
+  ]
+  assert {Path(one.filename).name for one in caught} == {Path(__file__).name}
 
 
 def test_a_prompt_in_another_language_makes_one_short_line(model):

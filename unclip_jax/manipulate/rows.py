@@ -147,6 +147,8 @@ def text_direction(
 ) -> np.ndarray:
   """z_d, float32 [d]: the unit vector from one caption's embedding to another's (section 3.3).
 
+  A UserWarning names words that the model never saw, and the nearest that it knows.
+
   Args:
     model: any with CLIP's text tower.
     source: of the picture as it is; counts for the baseline 'caption' alone, others may have None.
@@ -165,6 +167,7 @@ def text_direction(
   away = {'caption': source, 'dummy': DUMMY, 'empty': '', 'none': None}[baseline]
   texts = [target] if away is None else [away, target]
   z_t = np.concatenate([np.asarray(model.encode_text([text])) for text in texts])
+  model.warn_of_unseen(dict.fromkeys(texts))
   z_t = z_t / np.linalg.norm(z_t, axis=1, keepdims=True)
   if away is None:
     return z_t[0]
