@@ -5,12 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 from made_pictures import pixels
-from tiny_decoders import GLIDE, KANDINSKY, STABLE
-from tiny_model import CONFIG, TEXTS, levels_apart, make_params, without, write_tiny_model
+from tiny_decoders import GLIDE
+from tiny_model import CONFIG, TEXTS, levels_apart, make_model, without, write_tiny_model
 
-from unclip_jax import Unclip, UnclipError, load, manipulate
+from unclip_jax import UnclipError, load, manipulate
 from unclip_jax.config_json import override
-from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.manipulate import Drawing
 from unclip_jax.presets import TINY_AR
 from unclip_jax.train import pca as principal
@@ -33,11 +32,6 @@ def model(tmp_path_factory):
 @pytest.fixture(scope='module')
 def latents(model):
   return manipulate.encode(model, [ONE, OTHER], HOW)
-
-
-def make_model(config):
-  tokenizer = Tokenizer.train(TEXTS * 3, 300, 12)
-  return Unclip(config, make_params(config), tokenizer, decoder_tokenizer=tokenizer)
 
 
 def test_pictures_come_back_from_their_latents_as_nearly_as_is_said(model, latents):
@@ -228,25 +222,6 @@ def test_the_more_a_picture_is_noised_the_less_is_left_of_it(model):
   assert change[0.2] < change[0.6] < change[1.0]
   with pytest.raises(UnclipError, match='leaves no step to take, of 1 in all'):
     manipulate.image_to_image(model, ONE, ROCKET, 0.2, how=dataclasses.replace(PAINT, num_steps=1))
-
-
-@pytest.mark.parametrize(
-  'config',
-  [KANDINSKY, override(STABLE, ['decoder.sampling.variance=fixed_small'])],
-  ids=['kandinsky', 'stable_unclip'],
-)
-def test_decoders_of_latents_are_manipulated_too(config):
-  model, how = make_model(config), dataclasses.replace(HOW, num_steps=8)
-  latents = manipulate.encode(model, [ONE], how)
-  assert latents.x_T.shape == (1, 8, 8, 4)
-  row = manipulate.decode(model, latents.z_i.repeat(2, axis=0), latents.x_T, how=how)
-  np.testing.assert_array_equal(*row.images)
-  # Inverted side by side they are rounded differently.
-  row = manipulate.interpolate(model, ONE, ONE, 2, how=how)
-  assert levels_apart(*row.images) <= 1
-  anew = manipulate.inpaint(model, ONE, HALF, how=dataclasses.replace(PAINT, num_steps=2))
-  given = manipulate.thumbnail(ONE, SIZE)
-  np.testing.assert_array_equal(anew.images[0][:, :8], given[:, :8])
 
 
 @pytest.mark.parametrize('channels', [0, 4], ids=['by resampling', 'as it was trained'])
