@@ -4,7 +4,7 @@ python -m experiments.figures.text_diffs
 python -m experiments.figures.text_diffs --model MODEL --image cat.jpg --text "a cat" "a lion"
 """
 
-from experiments.figures.common import Setup, Sheet, make
+from experiments.figures.common import ONE_OR_MORE, PAIRS, Figure, Setup, Sheet, make
 from unclip_jax import manipulate
 from unclip_jax.types import UnclipError
 
@@ -22,7 +22,7 @@ def text_diffs(setup: Setup) -> Sheet:
     'an owl on a red background',
     'an owl on a green background',
   )
-  if len(texts) != 2 * len(pictures):
+  if len(texts) != 2 * len(pictures):  # of pictures that are the figure's own
     raise UnclipError('give two captions for each picture: what it shows, and what it is to show')
   rows, titles, measured = [], [], []
   for i, picture in enumerate(pictures):
@@ -39,5 +39,7 @@ def text_diffs(setup: Setup) -> Sheet:
   return Sheet(rows, names, titles, measured)
 
 
+FIGURE = Figure(text_diffs, images=ONE_OR_MORE, texts=PAIRS, texts_per_image=2)
+
 if __name__ == '__main__':
-  make(text_diffs, __doc__)
+  make(FIGURE, __doc__)
