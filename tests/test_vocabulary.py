@@ -1,5 +1,6 @@
 """What a model knows: its vocabulary as a file, as a list, as a sheet, and against prompts."""
 
+import dataclasses
 import json
 import warnings
 from pathlib import Path
@@ -18,6 +19,7 @@ from experiments.emoji.domain import make_vocabulary
 from unclip_jax import manipulate
 from unclip_jax.cli import main
 from unclip_jax.data.vocabulary import Vocabulary, split_words
+from unclip_jax.demo.work import hint
 from unclip_jax.images import make_sheet, read_text
 from unclip_jax.systems.formats import read_vocabulary
 from unclip_jax.systems.loading import DEFAULT_FOLDER
@@ -222,6 +224,18 @@ def test_the_command_line_says_it_in_one_line_and_draws(folder, tmp_path, capsys
     "'rocket'"
   )
   assert (tmp_path / 'a-rokcet-00.png').exists()
+
+
+def test_a_page_hints_at_a_few_objects_and_at_lists_that_are_short():
+  assert hint(None) == ''
+  assert hint(KNOWN) == (
+    'It knows 4 concepts such as berries, red apple, rocket, t-rex; styles: flat, 3d; '
+    'colours: grey. `unclip-jax info --vocabulary` lists all.'
+  )
+  many = tuple(f'c{i}' for i in range(1001))
+  shown = hint(dataclasses.replace(KNOWN, lists={**KNOWN.lists, 'concepts': many, 'long': many}))
+  assert '1,001 concepts such as c0, c126' in shown and shown.count(', c') == 7
+  assert 'long' not in shown
 
 
 # --- Lists and sheets.
