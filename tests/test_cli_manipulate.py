@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from commands import run
+from known_words import KNOWN, add_vocabulary
 from made_pictures import encoded, pixels
 from PIL import Image
 from tiny_model import TEXTS, write_tiny_model
@@ -69,6 +70,7 @@ def test_a_row_is_what_the_function_gives_between_the_pictures_that_were_given(
   [
     (('variations', 'ONE', '-n', 2, '--eta', 0.5), 3, {'error_levels', 'eta'}),
     (('text-diff', 'ONE', APPLE, ROCKET, '-n', 2), 3, {'cosine_of_direction'}),
+    (('text-diff', 'ONE', ROCKET, '--baseline', 'none', '-n', 2), 3, {'cosine_of_direction'}),
     (('reconstruct', 'ONE', 'OTHER'), 2, {'error_levels', 'x_T_std'}),
     (('inpaint', 'ONE', ROCKET, '--margin', 0.25, '-n', 1), 2, {'share_painted'}),
     (('redraw', 'ONE', ROCKET, '-n', 2), 3, {'mean_change_levels'}),
@@ -82,6 +84,28 @@ def test_each_command_writes_its_row(model, pictures, tmp_path, args, count, mea
   assert len(frames(path)) == count
   about = json.loads(path.with_suffix('.json').read_text())
   assert about['measured'].keys() >= measured
+
+
+def test_a_text_diff_reads_its_source_where_it_counts(model, pictures, tmp_path, capsys):
+  given = ('text-diff', pictures[0], '-n', 2)
+  for texts, words in (((ROCKET,), 'there are 1 captions'), ((APPLE,) * 3, 'there are 3 captions')):
+    assert call(model, tmp_path / 'out', *given, *texts) == 2
+    assert words in capsys.readouterr().err
+  assert not (tmp_path / 'out').exists()
+
+
+def test_words_that_the_model_never_saw_are_named(pictures, tmp_path, capsys):
+  model = add_vocabulary(write_tiny_model(tmp_path / 'model'), KNOWN.to_json())
+  for args, words in (
+    (('text-diff', pictures[0], 'a rokcet', 'a laptop', '-n', 2), ('rokcet', 'laptop')),
+    (('inpaint', pictures[0], 'a rokcet', '--margin', 0.25, '-n', 1), ('rokcet',)),
+    (('redraw', pictures[0], 'a rokcet', '-n', 2), ('rokcet',)),
+  ):
+    assert call(model, tmp_path / 'out', *args) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if 'never saw' in line]
+    assert len(lines) == len(words)
+    for line, word in zip(lines, words, strict=True):
+      assert line.startswith(f"unclip-jax: warning: 'a {word}': the model never saw '{word}'")
 
 
 def test_components_come_from_a_folder_and_each_picture_has_a_row(

@@ -1,12 +1,14 @@
 """The page without a browser: what its tabs do, what it takes of people, what it lets through."""
 
 import asyncio
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 from broken_pictures import damaged, header_of, none, whole
 from commands import run
+from known_words import KNOWN
 from made_pictures import encoded, pixels
 from PIL import Image
 from tiny_model import TEXTS, load_tiny, without, write_tiny_model
@@ -142,26 +144,38 @@ def test_rows_are_those_of_the_functions(studio, files, drawing):
   np.testing.assert_array_equal(shown.images, expected.images)
 
 
+def test_words_that_the_model_never_saw_are_named_below_rows_too(model, files, drawing):
+  studio = Studio(dataclasses.replace(model, vocabulary=KNOWN), rows=2)
+  shown = last(studio.text_diff(files[0], 'a rokcet', 'a laptop', 0.5, 'caption', 5, STEPS))
+  for word in ('rokcet', 'laptop'):
+    assert f"\n\n'a {word}': the model never saw '{word}'" in shown.line
+  shown = last(studio.inpaint(drawing, 'a rokcet', 2, 5, STEPS))
+  assert "the model never saw 'rokcet'; the nearest it knows is 'rocket'" in shown.line
+
+
 @pytest.mark.parametrize(
   ('tab', 'asked', 'message'),
   [
-    ('generate', ('', '', 1, 0, 0, None, 32), 'the prompt is empty'),
-    ('generate', ('a' * 401, '', 1, 0, 0, None, 32), 'the prompt has 401 characters'),
-    ('generate', ('a', 'b' * 401, 1, 0, 0, None, 32), 'the negative prompt has 401'),
-    ('generate', (5, '', 1, 0, 0, None, 32), 'the prompt must be text'),
+    ('generate', ('', '', 1, 0, 0, None, 32), '"Prompt" is empty'),
+    ('generate', ('a' * 401, '', 1, 0, 0, None, 32), '"Prompt" has 401 characters'),
+    ('generate', ('a', 'b' * 401, 1, 0, 0, None, 32), '"Negative prompt" has 401'),
+    ('generate', (5, '', 1, 0, 0, None, 32), '"Prompt" must be text'),
     ('generate', ('a\x00b', '', 1, 0, 0, None, 32), 'the control character U+0000'),
-    ('generate', ('a', '', 5, 0, 0, None, 32), 'the number of pictures is 5'),
+    ('generate', ('a', '', 5, 0, 0, None, 32), '"How many" is 5'),
     ('generate', ('a', '', 1, -1, 0, None, 32), 'the seed is -1'),
     ('generate', ('a', '', 1, None, 0, None, 32), 'the seed must be a whole number'),
-    ('generate', ('a', '', 1, 0, 11, None, 32), 'the number of steps cannot be 11'),
+    ('generate', ('a', '', 1, 0, 11, None, 32), '"Denoising steps" cannot be 11'),
     ('generate', ('a', '', 1, 0, 0, float('nan'), 32), 'guidance scale'),
-    ('generate', ('a', '', 1, 0, 0, None, 33), 'the size cannot be 33'),
+    ('generate', ('a', '', 1, 0, 0, None, 33), '"Size, pixels" cannot be 33'),
     ('variations', (None, 1, 1.0, 0, STEPS), 'there is no picture: put one in'),
     ('variations', ('ONE', 1, 1.5, 0, STEPS), 'eta is 1.5'),
     ('interpolate', ('ONE', None, 'inverted', 0, STEPS), 'there is no second picture'),
-    ('interpolate', ('ONE', 'ONE', 'none', 0, STEPS), "the noise cannot be 'none'"),
+    ('interpolate', ('ONE', 'ONE', 'none', 0, STEPS), '"Noise" cannot be'),
     ('text_diff', ('ONE', 'a', 'a', 0.5, 'caption', 0, STEPS), 'the same to CLIP'),
     ('text_diff', ('ONE', 'a', 'b', 0, 'caption', 0, STEPS), 'theta is 0'),
+    ('text_diff', ('ONE', '', 'b', 0.5, 'caption', 0, STEPS), '"What it shows" is empty'),
+    ('text_diff', ('ONE', '', '', 0.5, 'none', 0, STEPS), '"What it is to show" is empty'),
+    ('text_diff', ('ONE', '', 'b', 0.5, 'any', 0, STEPS), '"Turned away from" cannot be'),
     ('inpaint', (None, 'a', 1, 0, STEPS), 'there is no picture: put one in, and paint'),
   ],
   ids=lambda value: value if isinstance(value, str) else '',

@@ -5,12 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 from made_pictures import pixels
-from tiny_decoders import GLIDE, KANDINSKY, STABLE
-from tiny_model import CONFIG, TEXTS, levels_apart, make_params, without, write_tiny_model
+from tiny_decoders import GLIDE
+from tiny_model import CONFIG, TEXTS, levels_apart, make_model, without, write_tiny_model
 
-from unclip_jax import Unclip, UnclipError, load, manipulate
+from unclip_jax import UnclipError, load, manipulate
 from unclip_jax.config_json import override
-from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.manipulate import Drawing
 from unclip_jax.presets import TINY_AR
 from unclip_jax.train import pca as principal
@@ -33,11 +32,6 @@ def model(tmp_path_factory):
 @pytest.fixture(scope='module')
 def latents(model):
   return manipulate.encode(model, [ONE, OTHER], HOW)
-
-
-def make_model(config):
-  tokenizer = Tokenizer.train(TEXTS * 3, 300, 12)
-  return Unclip(config, make_params(config), tokenizer, decoder_tokenizer=tokenizer)
 
 
 def test_pictures_come_back_from_their_latents_as_nearly_as_is_said(model, latents):
@@ -119,6 +113,20 @@ def test_a_text_diff_turns_z_i_towards_the_direction(model, latents):
     manipulate.text_direction(model, APPLE, ROCKET, name) for name in ('dummy', 'empty')
   ]
   assert abs(directions[0] @ z_d) < 0.999 and abs(directions[0] @ directions[1]) < 0.999
+
+
+def test_without_a_baseline_a_text_diff_turns_to_the_target_itself_and_needs_no_source(
+  model, latents
+):
+  z_t = np.asarray(model.encode_text([ROCKET]))[0]
+  unit = z_t / np.linalg.norm(z_t)
+  for source in (None, APPLE):
+    z_d = manipulate.text_direction(model, source, ROCKET, 'none')
+    np.testing.assert_allclose(z_d, unit, atol=1e-6)
+  row = manipulate.text_diff(model, ONE, None, ROCKET, 0.5, 2, 'none', HOW)
+  # Half of the way on the great circle.
+  half = latents.z_i[0] + unit
+  np.testing.assert_allclose(row.z_i[1], half / np.linalg.norm(half), atol=1e-5)
 
 
 def test_components_bring_an_embedding_back_the_more_of_them_the_nearer(model):
@@ -216,25 +224,6 @@ def test_the_more_a_picture_is_noised_the_less_is_left_of_it(model):
     manipulate.image_to_image(model, ONE, ROCKET, 0.2, how=dataclasses.replace(PAINT, num_steps=1))
 
 
-@pytest.mark.parametrize(
-  'config',
-  [KANDINSKY, override(STABLE, ['decoder.sampling.variance=fixed_small'])],
-  ids=['kandinsky', 'stable_unclip'],
-)
-def test_decoders_of_latents_are_manipulated_too(config):
-  model, how = make_model(config), dataclasses.replace(HOW, num_steps=8)
-  latents = manipulate.encode(model, [ONE], how)
-  assert latents.x_T.shape == (1, 8, 8, 4)
-  row = manipulate.decode(model, latents.z_i.repeat(2, axis=0), latents.x_T, how=how)
-  np.testing.assert_array_equal(*row.images)
-  # Inverted side by side they are rounded differently.
-  row = manipulate.interpolate(model, ONE, ONE, 2, how=how)
-  assert levels_apart(*row.images) <= 1
-  anew = manipulate.inpaint(model, ONE, HALF, how=dataclasses.replace(PAINT, num_steps=2))
-  given = manipulate.thumbnail(ONE, SIZE)
-  np.testing.assert_array_equal(anew.images[0][:, :8], given[:, :8])
-
-
 @pytest.mark.parametrize('channels', [0, 4], ids=['by resampling', 'as it was trained'])
 def test_glide_inpaints_and_knows_no_z_i(channels):
   config = override(GLIDE, [f'decoder.unet.condition_channels={channels}'])
@@ -307,8 +296,10 @@ GREY, TOO_BRIGHT = np.zeros((4, 4), np.uint8), np.full((4, 4, 3), 200.0)
     (lambda m: manipulate.text_diff(m, ONE, APPLE, ROCKET, -0.1), r'theta is -0.1: take 0 to 1'),
     (lambda m: manipulate.text_diff(m, ONE, APPLE, APPLE), 'the same to CLIP: there is no dir'),
     (lambda m: manipulate.text_diff(m, ONE, '', APPLE), 'the source caption is empty'),
+    (lambda m: manipulate.text_diff(m, ONE, None, APPLE), 'the source caption must be text'),
+    (lambda m: manipulate.text_direction(m, None, '', 'none'), 'the target caption is empty'),
     (lambda m: manipulate.text_diff(m, ONE, APPLE, ''), 'the target caption is empty'),
-    (lambda m: manipulate.text_direction(m, '', APPLE, 'none'), "there is no baseline 'none'"),
+    (lambda m: manipulate.text_direction(m, '', APPLE, 'any'), "there is no baseline 'any'"),
     (lambda m: manipulate.inpaint(m, ONE, HALF.T, APPLE), 'they must be of one size'),
     (lambda m: manipulate.inpaint(m, ONE, HALF * 1.0, APPLE), 'mask must be of booleans'),
     (lambda m: manipulate.inpaint(m, ONE, ~HALF & HALF, APPLE), 'nothing to be painted'),

@@ -1,5 +1,6 @@
 """What a model knows: its vocabulary as a file, as a list, as a sheet, and against prompts."""
 
+import dataclasses
 import json
 import warnings
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from known_words import KNOWN, add_vocabulary
 from PIL import Image
 from tiny_model import write_tiny_model
 
@@ -14,23 +16,16 @@ import unclip_jax
 from experiments.emoji import captions
 from experiments.emoji.compose import CaptionedEmoji, load_sprites
 from experiments.emoji.domain import make_vocabulary
+from unclip_jax import manipulate
 from unclip_jax.cli import main
 from unclip_jax.data.vocabulary import Vocabulary, split_words
+from unclip_jax.demo.work import hint
 from unclip_jax.images import make_sheet, read_text
 from unclip_jax.systems.formats import read_vocabulary
 from unclip_jax.systems.loading import DEFAULT_FOLDER
 from unclip_jax.systems.unclip import Unclip
 from unclip_jax.types import UnclipError
 
-KNOWN = Vocabulary(
-  lists={
-    'styles': ('flat', '3d'),
-    'colours': ('grey',),
-    'concepts': ('berries', 'red apple', 'rocket', 't-rex'),
-  },
-  words=frozenset(split_words('a an on flat 3d style red apple rocket t rex berries grey gray')),
-  prompt='{style} {concept}',
-)
 APPLE = 'a red apple, flat style'
 FEW_STEPS = {
   'prior': unclip_jax.Sampling(2),
@@ -38,14 +33,6 @@ FEW_STEPS = {
   'num_candidates': 1,
   'size': 16,
 }
-
-
-def add_vocabulary(folder: Path, content: object) -> Path:
-  """Gives a model folder a vocabulary, as a file that anybody may have written."""
-  manifest = json.loads((folder / 'unclip.json').read_text())
-  (folder / 'unclip.json').write_text(json.dumps(manifest | {'vocabulary': 'words.json'}))
-  (folder / 'words.json').write_text(json.dumps(content))
-  return folder
 
 
 @pytest.fixture(scope='module')
@@ -190,6 +177,23 @@ def test_a_negative_prompt_is_spoken_of_too(model):
   assert said.startswith("'a rokcet': the model never saw 'rokcet'")
 
 
+def test_both_captions_of_a_text_diff_are_spoken_of(model):
+  with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter('always', UserWarning)
+    manipulate.text_direction(model, 'a rokcet', 'a laptop')
+    manipulate.text_direction(model, 'a laptop', 'a rokcet', 'dummy')
+    manipulate.text_direction(model, 'a laptop', APPLE, 'none')
+  lines = [str(one.message) for one in caught if 'was cut off' not in str(one.message)]
+  # What was told from is named where it was read.
+  assert [line.split(';')[0] for line in lines] == [
+    "'a rokcet': the model never saw 'rokcet'",
+    "'a laptop': the model never saw 'laptop'",
+    "'a photo': the model never saw 'photo'",
+    "'a rokcet': the model never saw 'rokcet'",
+  ]
+  assert {Path(one.filename).name for one in caught} == {Path(__file__).name}
+
+
 def test_a_prompt_in_another_language_makes_one_short_line(model):
   text = ' '.join(f'{letter}{letter}qq' for letter in 'abcdefghijklmnopqrstuvwxyz')
   *cut, said = notices(model, text)
@@ -220,6 +224,18 @@ def test_the_command_line_says_it_in_one_line_and_draws(folder, tmp_path, capsys
     "'rocket'"
   )
   assert (tmp_path / 'a-rokcet-00.png').exists()
+
+
+def test_a_page_hints_at_a_few_objects_and_at_lists_that_are_short():
+  assert hint(None) == ''
+  assert hint(KNOWN) == (
+    'It knows 4 concepts such as berries, red apple, rocket, t-rex; styles: flat, 3d; '
+    'colours: grey. `unclip-jax info --vocabulary` lists all.'
+  )
+  many = tuple(f'c{i}' for i in range(1001))
+  shown = hint(dataclasses.replace(KNOWN, lists={**KNOWN.lists, 'concepts': many, 'long': many}))
+  assert '1,001 concepts such as c0, c126' in shown and shown.count(', c') == 7
+  assert 'long' not in shown
 
 
 # --- Lists and sheets.

@@ -79,6 +79,12 @@ def make_params(config: UnclipConfig = CONFIG) -> dict[str, Params]:
   return params
 
 
+def make_model(config: UnclipConfig = CONFIG) -> Unclip:
+  """The model without a folder, in which decoders' own text encoders read the same tokens."""
+  tokenizer = Tokenizer.train(TEXTS * 3, 300, 12)
+  return Unclip(config, make_params(config), tokenizer, decoder_tokenizer=tokenizer)
+
+
 def write_tiny_model(folder: Path, config: UnclipConfig = CONFIG) -> Path:
   """Writes the model and returns its folder."""
   folder.mkdir(parents=True, exist_ok=True)

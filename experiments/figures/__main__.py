@@ -1,29 +1,38 @@
-"""All figures: python -m experiments.figures --out docs/images/gallery."""
+"""The figures of the paper, all of them or some.
 
-from experiments.figures import common
-from experiments.figures.binding import binding
-from experiments.figures.guidance import guidance
-from experiments.figures.interpolations import interpolations
-from experiments.figures.pca import pca
-from experiments.figures.priors import priors
-from experiments.figures.reconstructions import reconstructions
-from experiments.figures.text_diffs import text_diffs
-from experiments.figures.typographic_attack import typographic_attack
-from experiments.figures.variations import variations
-from experiments.figures.words import words
+python -m experiments.figures --out docs/images/gallery
+python -m experiments.figures text_diffs --model MODEL --image cat.jpg --text "a cat" "a lion"
+"""
 
-# In the order of the paper: 3 to 9, 14 to 16.
-FIGURES = (
-  variations,
+from experiments.figures import (
+  binding,
+  common,
+  guidance,
   interpolations,
-  text_diffs,
-  typographic_attack,
   pca,
   priors,
-  guidance,
-  binding,
   reconstructions,
+  text_diffs,
+  typographic_attack,
+  variations,
   words,
+)
+
+# In the order of the paper: 3 to 9, 14 to 16.
+FIGURES = tuple(
+  module.FIGURE
+  for module in (
+    variations,
+    interpolations,
+    text_diffs,
+    typographic_attack,
+    pca,
+    priors,
+    guidance,
+    binding,
+    reconstructions,
+    words,
+  )
 )
 
 if __name__ == '__main__':

@@ -4,7 +4,7 @@ python -m experiments.figures.binding
 python -m experiments.figures.binding --model MODEL --text "a red cube on top of a blue cube"
 """
 
-from experiments.figures.common import Setup, Sheet, make
+from experiments.figures.common import ONE_OR_MORE, Figure, Setup, Sheet, make
 from unclip_jax.systems.settings import Sampling
 
 SCALES, NUM_IMAGES = (1.0, 2.0, 4.0), 2
@@ -33,5 +33,7 @@ def binding(setup: Setup) -> Sheet:
   return Sheet(rows, names, titles)
 
 
+FIGURE = Figure(binding, texts=ONE_OR_MORE)
+
 if __name__ == '__main__':
-  make(binding, __doc__)
+  make(FIGURE, __doc__)

@@ -1,7 +1,8 @@
 """What the scripts of figures share: options, pictures to begin with, sheets with labels.
 
-A script is a function from a `Setup` to a `Sheet`. It begins from emoji, as the embedded model was
-trained on, unless --image and --text name others.
+A script is a function from a `Setup` to a `Sheet`, and a `Figure`, which says what of one's own it
+takes. It begins from emoji, as the embedded model was trained on, unless --image and --text name
+others.
 """
 
 import argparse
@@ -39,12 +40,14 @@ class Setup(NamedTuple):
     how: steps and seed of what is drawn from a picture's own noise.
     images: uint8 [h, w, 3] each, of --image; None takes the figure's own emoji.
     texts: of --text; None takes the figure's own.
+    fit: of --fit, a folder of pictures to take components of; None takes others.
   """
 
   model: Unclip
   how: Drawing
   images: list[np.ndarray] | None
   texts: list[str] | None
+  fit: str | None = None
 
   def pictures(self, *emoji: str) -> list[np.ndarray]:
     """The pictures to begin from: those that were given, else emoji by their descriptions."""
@@ -71,7 +74,67 @@ class Sheet(NamedTuple):
   measured: Any = None
 
 
-Figure = Callable[[Setup], Sheet]
+class Wanted(NamedTuple):
+  """How many pictures or captions of one's own a figure takes, in words and as a test."""
+
+  words: str
+  fits: Callable[[int], bool]
+
+
+ONE = Wanted('one', lambda n: n == 1)
+ONE_OR_MORE = Wanted('one or more', lambda n: n >= 1)
+TWO_OR_MORE = Wanted('two or more', lambda n: n >= 2)
+PAIRS = Wanted('an even number', lambda n: n % 2 == 0)
+
+
+class Figure(NamedTuple):
+  """A figure, and what of one's own it can be drawn of.
+
+  Attributes:
+    draw: makes it; its name is that of the figure.
+    images: how many of --image; None for none.
+    texts: how many of --text; None for none.
+    texts_per_image: where captions are of the pictures, so many of each: who gives pictures gives
+      captions too.
+    may_fit: whether it takes --fit.
+  """
+
+  draw: Callable[[Setup], Sheet]
+  images: Wanted | None = None
+  texts: Wanted | None = None
+  texts_per_image: int | None = None
+  may_fit: bool = False
+
+  @property
+  def name(self) -> str:
+    """Of the function, and of its file."""
+    return self.draw.__name__
+
+  def check(
+    self, images: Sequence[str] | None, texts: Sequence[str] | None, fit: str | None
+  ) -> None:
+    """Raises UnclipError, before any model is opened, where this is not what it takes."""
+    for option, given, wanted in (('image', images, self.images), ('text', texts, self.texts)):
+      if given is None:
+        continue
+      if wanted is None:
+        raise UnclipError(f'the figure {self.name} takes no --{option}')
+      if not wanted.fits(len(given)):
+        raise UnclipError(
+          f'the figure {self.name} takes {wanted.words} of --{option}, not {len(given)}'
+        )
+    if fit is not None and not self.may_fit:
+      raise UnclipError(f'the figure {self.name} takes no --fit')
+    if self.texts is not None and self.images is not None and images is not None:
+      if texts is None:
+        raise UnclipError(
+          f'the captions of the figure {self.name} are of its pictures: give --text with --image'
+        )
+      if self.texts_per_image is not None and len(texts) != self.texts_per_image * len(images):
+        raise UnclipError(
+          f'the figure {self.name} takes {self.texts_per_image} of --text for each --image: '
+          f'{self.texts_per_image * len(images)}, not {len(texts)}'
+        )
 
 
 def make_emoji(description: str) -> np.ndarray:
@@ -93,19 +156,37 @@ def make_emoji(description: str) -> np.ndarray:
   return draw(sprites, truth, _EMOJI_SIZE)
 
 
-def parse(description: str | None) -> argparse.Namespace:
-  """The options of all figures."""
+def parse(figures: Sequence[Figure], description: str | None) -> argparse.Namespace:
+  """The options; of several figures those that are named are drawn, `args.figures`.
+
+  Raises:
+    UnclipError: there is no such figure, or it does not take what was given.
+  """
   parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
   add = parser.add_argument
+  by_name = {figure.name: figure for figure in figures}
+  if len(figures) > 1:
+    add('names', nargs='*', metavar='NAME', help=f'of {", ".join(by_name)} (all)')
   add('--model', default='default', help="a folder or a hub's owner/name")
   add('--prior-model', help='whose prior to take')
   add('--dtype', default='float32')
-  add('--image', nargs='+', metavar='FILE', help='pictures in place of emoji')
-  add('--text', nargs='+', help="captions in place of the figure's own")
+  own = {'nargs': '+', 'action': 'extend'}
+  add('--image', metavar='FILE', help='pictures in place of emoji', **own)
+  add('--text', help="captions in place of the figure's own", **own)
+  add('--fit', metavar='FOLDER', help='of pca: pictures to take the components of')
   add('--steps', type=int, default=50, help='of the decoder, where a picture is inverted (50)')
   add('--seed', type=int, default=0)
   add('--out', type=Path, default=Path('out'), help='folder (out)')
-  return parser.parse_args()
+  args = parser.parse_args()
+  names = getattr(args, 'names', None) or list(by_name)
+  if unknown := [name for name in names if name not in by_name]:
+    raise UnclipError(f'there is no figure {unknown[0]}: take of {", ".join(by_name)}')
+  args.figures = [by_name[name] for name in names]
+  if len(args.figures) == 1:
+    args.figures[0].check(args.image, args.text, args.fit)
+  elif any(given is not None for given in (args.image, args.text, args.fit)):
+    raise UnclipError('figures take different pictures and captions: name one of them')
+  return args
 
 
 def make_setup(args: argparse.Namespace) -> Setup:
@@ -113,7 +194,7 @@ def make_setup(args: argparse.Namespace) -> Setup:
   use_cache(True)
   images = args.image and [read_picture(path) for path in args.image]
   model = unclip_jax.load(args.model, args.dtype, prior=args.prior_model)
-  return Setup(model, Drawing(num_steps=args.steps, seed=args.seed), images, args.text)
+  return Setup(model, Drawing(num_steps=args.steps, seed=args.seed), images, args.text, args.fit)
 
 
 def save(out: Path, name: str, sheet: Sheet, size: int) -> None:
@@ -142,12 +223,12 @@ def save(out: Path, name: str, sheet: Sheet, size: int) -> None:
 
 def make(figures: Figure | Sequence[Figure], description: str | None) -> None:
   """Draws one figure, as a script, or several."""
-  several = [figures] if callable(figures) else figures
+  several = [figures] if isinstance(figures, Figure) else figures
 
   def main() -> None:
-    args = parse(description)
+    args = parse(several, description)
     setup = make_setup(args)
-    for figure in several:
-      save(args.out, figure.__name__, figure(setup), sizes(setup.model.config)[-1])
+    for figure in args.figures:
+      save(args.out, figure.name, figure.draw(setup), sizes(setup.model.config)[-1])
 
   run(main)

@@ -4,7 +4,7 @@ python -m experiments.figures.guidance
 python -m experiments.figures.guidance --model MODEL --text "a green vase filled with red roses"
 """
 
-from experiments.figures.common import Setup, Sheet, make
+from experiments.figures.common import ONE_OR_MORE, Figure, Setup, Sheet, make
 from unclip_jax.systems.settings import Sampling
 
 SCALES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -26,5 +26,7 @@ def guidance(setup: Setup) -> Sheet:
   return Sheet(rows, [f'scale {scale:g}' for scale in SCALES], texts)
 
 
+FIGURE = Figure(guidance, texts=ONE_OR_MORE)
+
 if __name__ == '__main__':
-  make(guidance, __doc__)
+  make(FIGURE, __doc__)

@@ -4,9 +4,8 @@ python -m experiments.figures.interpolations
 python -m experiments.figures.interpolations --model MODEL --image fox.jpg owl.jpg
 """
 
-from experiments.figures.common import Setup, Sheet, make
+from experiments.figures.common import PAIRS, Figure, Setup, Sheet, make
 from unclip_jax import manipulate
-from unclip_jax.types import UnclipError
 
 FRAMES = 6
 
@@ -16,8 +15,6 @@ def interpolations(setup: Setup) -> Sheet:
   pictures = setup.pictures(
     'cat face, flat, blue', 'owl, flat, red', 'red apple, 3d, yellow', 'rocket, 3d, white'
   )
-  if len(pictures) % 2:
-    raise UnclipError('pictures are interpolated in pairs: give an even number of them')
   rows, titles, measured = [], [], []
   for one, other in zip(pictures[::2], pictures[1::2], strict=True):
     for noise in manipulate.rows.NOISES:
@@ -29,5 +26,7 @@ def interpolations(setup: Setup) -> Sheet:
   return Sheet(rows, names, titles, measured)
 
 
+FIGURE = Figure(interpolations, images=PAIRS)
+
 if __name__ == '__main__':
-  make(interpolations, __doc__)
+  make(FIGURE, __doc__)

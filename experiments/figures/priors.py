@@ -6,7 +6,7 @@ python -m experiments.figures.priors --model MODEL --text "a hedgehog using a ca
 
 import numpy as np
 
-from experiments.figures.common import Setup, Sheet, make
+from experiments.figures.common import ONE_OR_MORE, Figure, Setup, Sheet, make
 from unclip_jax import Unclip
 from unclip_jax.configs import DecoderConfig
 
@@ -41,5 +41,7 @@ def no_z_i(model: Unclip, z_t: np.ndarray) -> np.ndarray:
   return np.broadcast_to(null, z_t.shape)
 
 
+FIGURE = Figure(priors, texts=ONE_OR_MORE)
+
 if __name__ == '__main__':
-  make(priors, __doc__)
+  make(FIGURE, __doc__)

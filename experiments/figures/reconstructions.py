@@ -6,7 +6,7 @@ python -m experiments.figures.reconstructions --model MODEL --image cubes.jpg
 
 import numpy as np
 
-from experiments.figures.common import Setup, Sheet, make
+from experiments.figures.common import ONE_OR_MORE, Figure, Setup, Sheet, make
 from unclip_jax import manipulate
 
 NUM_IMAGES = 4
@@ -30,5 +30,7 @@ def reconstructions(setup: Setup) -> Sheet:
   return Sheet(rows, names, [''] * len(rows), {'error_levels': errors})
 
 
+FIGURE = Figure(reconstructions, images=ONE_OR_MORE)
+
 if __name__ == '__main__':
-  make(reconstructions, __doc__)
+  make(FIGURE, __doc__)

@@ -10,7 +10,7 @@ The second of the captions is what is written. The embedded CLIP never saw a wor
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from experiments.figures.common import Setup, Sheet, make
+from experiments.figures.common import ONE, TWO_OR_MORE, Figure, Setup, Sheet, make
 from unclip_jax import manipulate
 from unclip_jax.stages.clip import logit_scale
 
@@ -20,7 +20,7 @@ NUM_IMAGES = 4
 def typographic_attack(setup: Setup) -> Sheet:
   """A row for the picture and one for the same with a word on it, titled with probabilities."""
   model = setup.model
-  picture = setup.pictures('red apple, flat, white')[0]
+  (picture,) = setup.pictures('red apple, flat, white')
   texts = setup.prompts('a red apple', 'a rocket', 'a pizza')
   rows, titles, measured = [], [], []
   for given in (picture, write(picture, texts[1].split(' ', 1)[-1])):
@@ -50,5 +50,7 @@ def write(picture: np.ndarray, word: str) -> np.ndarray:
   return np.asarray(image)
 
 
+FIGURE = Figure(typographic_attack, images=ONE, texts=TWO_OR_MORE)
+
 if __name__ == '__main__':
-  make(typographic_attack, __doc__)
+  make(FIGURE, __doc__)

@@ -4,7 +4,7 @@ python -m experiments.figures.variations
 python -m experiments.figures.variations --model MODEL --image fox.jpg owl.jpg
 """
 
-from experiments.figures.common import Setup, Sheet, make
+from experiments.figures.common import ONE_OR_MORE, Figure, Setup, Sheet, make
 from unclip_jax import manipulate
 
 ETAS = (0.0, 0.5, 1.0)
@@ -25,5 +25,7 @@ def variations(setup: Setup) -> Sheet:
   return Sheet(rows, names, [''] * len(rows), {'error_levels': errors})
 
 
+FIGURE = Figure(variations, images=ONE_OR_MORE)
+
 if __name__ == '__main__':
-  make(variations, __doc__)
+  make(FIGURE, __doc__)

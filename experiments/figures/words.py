@@ -4,7 +4,7 @@ python -m experiments.figures.words
 python -m experiments.figures.words --model MODEL --text "a sign that says deep learning"
 """
 
-from experiments.figures.common import Setup, Sheet, make
+from experiments.figures.common import ONE_OR_MORE, Figure, Setup, Sheet, make
 
 NUM_IMAGES = 6
 
@@ -16,5 +16,7 @@ def words(setup: Setup) -> Sheet:
   return Sheet(rows, [''] * NUM_IMAGES, texts)
 
 
+FIGURE = Figure(words, texts=ONE_OR_MORE)
+
 if __name__ == '__main__':
-  make(words, __doc__)
+  make(FIGURE, __doc__)

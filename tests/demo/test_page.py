@@ -8,12 +8,15 @@ import io
 import itertools
 import json
 import zipfile
+from pathlib import Path
 
 import numpy as np
 from broken_pictures import none
 from PIL import Image
 from playwright.sync_api import expect
 from served_page import SECONDS
+
+import unclip_jax
 
 # Keeps the widths of all pictures that were ever shown, in their order.
 KEEP_WIDTHS = """() => {
@@ -37,7 +40,7 @@ def choose_steps(shown, place, steps):
 def drawn(place, count):
   """Waits for pictures; the addresses of their files."""
   expect(place.get_by_text('rawn.')).to_be_visible(timeout=SECONDS * 1000)
-  images = place.locator('.grid-container img, .gallery-item img')
+  images = place.locator('.grid-container img')  # and not those of examples
   expect(images).to_have_count(count)
   return [image.get_attribute('src') for image in images.all()]
 
@@ -134,6 +137,29 @@ def test_inpainting(tab, shots, pictures, page):
   assert 0.005 < changed.mean() < 0.5
   assert not changed[:16].any() and not changed[-16:].any()
   assert changed[60:68, 60:68].any()
+
+
+def test_examples_fill_in_the_fields_of_a_tab(tab, page):
+  assets = Path(unclip_jax.__file__).parent / 'assets' / 'demo'
+  for name, texts in (
+    ('Variations', {}),
+    ('Interpolation', {}),
+    ('Text diff', {'What it shows': 'a flat cat face', 'What it is to show': 'a 3d cat face'}),
+  ):
+    _, place = tab(name)
+    images = place.locator('.image-frame img')
+    expect(images).to_have_count(0)
+    place.locator('.gallery-item, tr.tr-body').first.click()
+    names = ('cat', 'owl') if name == 'Interpolation' else ('cat',)
+    expect(images).to_have_count(len(names))
+    for image, stem in zip(images.all(), names, strict=True):
+      content = page.get(image.get_attribute('src')).content
+      assert content == (assets / f'{stem}.png').read_bytes()
+    for label, text in texts.items():
+      expect(place.get_by_label(label, exact=True)).to_have_value(text)
+  _, place = tab('Inpainting')
+  place.locator('tr.tr-body').first.click()
+  expect(place.get_by_label('Prompt')).to_have_value('a flat tiger face')
 
 
 def test_a_file_that_is_refused_is_told_of(tab, shots, tmp_path):

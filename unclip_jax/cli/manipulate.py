@@ -10,7 +10,7 @@ import functools
 import inspect
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -39,7 +39,6 @@ PromptArgument = Annotated[
 ]
 
 Pictures = list[Any]  # uint8 [h, w, 3] each
-_FITTED_AT_ONCE = 32  # pictures
 
 
 class Common(NamedTuple):
@@ -169,19 +168,34 @@ def interpolate(
 @with_common
 def text_diff(
   image: ImageArgument,
-  source: Annotated[str, typer.Argument(metavar='SOURCE', help='What the picture shows.')],
-  target: Annotated[str, typer.Argument(metavar='TARGET', help='What it is to show.')],
+  texts: Annotated[
+    list[str],
+    typer.Argument(
+      metavar='[SOURCE] TARGET',
+      help='What the picture shows, which --baseline caption alone needs; what it is to show.',
+    ),
+  ],
   theta: Annotated[
     float, typer.Option(help='How far the last frame is turned to TARGET, above 0 to 1.')
   ] = 0.5,
   n: Annotated[int, typer.Option('-n', metavar='N', help='Frames.')] = 5,
   baseline: Annotated[
     str,
-    typer.Option(help='What TARGET is told from: caption (SOURCE), dummy ("a photo") or empty.'),
+    typer.Option(
+      help='What TARGET is told from: caption (SOURCE), dummy ("a photo"), empty (an empty '
+      'caption) or none.'
+    ),
   ] = 'caption',
   common: Any = None,
 ) -> None:
   """Draw a picture on its way from one caption to another."""
+  *sources, target = texts
+  if len(sources) > 1 or (baseline == 'caption' and not sources):
+    raise typer.BadParameter(
+      f'there are {len(texts)} captions: give SOURCE and TARGET, or TARGET alone with another '
+      '--baseline than caption'
+    )
+  source = sources[0] if sources else None
 
   def draw(model: Any, how: Any, pictures: Sequence[Any]) -> Any:
     return unclip_jax.manipulate.text_diff(
@@ -216,6 +230,7 @@ def pca(
 ) -> None:
   """Draw what few principal components of CLIP's embedding hold of pictures, a row for each."""
   from unclip_jax.data.folder_source import PictureFolder
+  from unclip_jax.systems.picture_sets import clip_batches
 
   counts = None if dims is None else numbers('--dims', dims)
   fitted = None if fit is None else PictureFolder(fit)
@@ -223,23 +238,10 @@ def pca(
   def draw(model: Any, how: Any, pictures: Sequence[Any]) -> Any:
     found = None
     if fitted is not None:
-      found = unclip_jax.manipulate.fit_pca(model, _batches(model, fitted))
+      found = unclip_jax.manipulate.fit_pca(model, clip_batches(model, fitted))
     return unclip_jax.manipulate.pca_reconstruct(model, pictures, counts, found, how)
 
   _run('pca', common, images, {'fit': fit}, draw, _behind_each)
-
-
-def _batches(model: Any, folder: Any) -> Iterator[Any]:
-  """The pictures of a `PictureFolder` as CLIP looks at them."""
-  from unclip_jax.systems import picture_sets
-
-  model.check_has('clip')
-  vision = model.config.clip.vision
-  # Without an image tower any size will do to be told so.
-  size = 1 if vision is None else vision.image_size
-  pictures = picture_sets.read_pictures(folder, size, 'bicubic', enlarge=True)
-  for batch, images in picture_sets.batches(pictures, _FITTED_AT_ONCE):
-    yield images[: len(batch)]
 
 
 @with_common

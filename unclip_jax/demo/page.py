@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from unclip_jax.demo import limits
+import unclip_jax
+from unclip_jax.demo import limits, work
 from unclip_jax.demo.gate import Gate
 from unclip_jax.demo.limits import Drawing
-from unclip_jax.demo.work import MOST_IMAGES, STEPS, Shown, Studio
+from unclip_jax.demo.work import MOST_IMAGES, STEPS, Shown, Studio, hint
 from unclip_jax.images import save_png, slug
 from unclip_jax.manipulate.rows import BASELINES, DUMMY, NOISES
 from unclip_jax.types import UnclipError
@@ -24,6 +25,9 @@ _STORED_SECONDS = 3600  # that a file is kept
 _SESSIONS = 50  # whose settings are remembered; nothing depends on them
 _LARGEST_SEED = 2**32 - 1
 _RANDOM_SEED = '() => Math.floor(Math.random() * 4294967296)'
+# Which the embedded model drew: 'a flat cat face on a blue background', and so on, of seed 3.
+_EXAMPLES = Path(unclip_jax.__file__).parent / 'assets' / 'demo'
+_PICTURES = [str(_EXAMPLES / f'{name}.png') for name in ('cat', 'apple', 'owl', 'rocket')]
 # Small pictures as large as there is room.
 _CSS = '.frame .image-frame img { width: 100%; height: 100%; object-fit: contain; }'
 # Of the frames of a row the one that the slider is at; the server has no part in it.
@@ -68,6 +72,7 @@ def serve(studio: Studio, host: str, port: int, waiting: int) -> Iterator[str]:
         pwa=False,
         ssr_mode=False,
         css=_CSS,
+        allowed_paths=[str(_EXAMPLES)],
         max_file_size=limits.MOST_BYTES,
         state_session_capacity=_SESSIONS,
         # No fonts from elsewhere.
@@ -94,7 +99,8 @@ def build(studio: Studio) -> Any:
     analytics_enabled=False,
     delete_cache=(_STORED_SECONDS // 6, _STORED_SECONDS),
   ) as page:
-    gr.Markdown(f'# unclip_jax\nThe model `{html.escape(studio.name)}`, {studio.sizes[-1]} px.')
+    about = f'The model `{html.escape(studio.name)}`, {studio.sizes[-1]} px. '
+    gr.Markdown(f'# unclip_jax\n{about}{html.escape(hint(studio.model.vocabulary), quote=False)}')
     for name, tab in _TABS.items():
       with gr.Tab(name), gr.Row():
         tab(studio)
@@ -105,14 +111,14 @@ def _generate(studio: Studio) -> None:
   import gradio as gr
 
   with gr.Column():
-    prompt = _text('Prompt', 'a red apple, flat style')
-    negative = _text('Negative prompt', '', 'what is not to be seen')
+    prompt = _text(work.PROMPT, 'a red apple, flat style')
+    negative = _text(work.NEGATIVE, '', 'what is not to be seen')
     n, seed = _count(), _seed()
     with gr.Accordion('Settings', open=False):
       steps = _steps()
       own = studio.model.config.decoder.sampling.guidance_scale
       guidance = gr.Slider(1, max(10, own), own, step=0.1, label='Guidance scale')
-      size = gr.Dropdown(list(studio.sizes), value=studio.sizes[-1], label='Size, pixels')
+      size = gr.Dropdown(list(studio.sizes), value=studio.sizes[-1], label=work.SIZE)
     with gr.Row():
       button = gr.Button('Generate', variant='primary', scale=3)
       stop = gr.Button('Stop', scale=1, min_width=80)
@@ -126,9 +132,10 @@ def _variations(studio: Studio) -> None:
 
   with gr.Column():
     picture = _picture('Picture')
-    eta = gr.Slider(0, 1, 1, step=0.05, label='Freedom: 0 gives the picture back')
+    eta = gr.Slider(0, 1, 1, step=0.05, label='Freedom (eta): 0 gives the picture back')
     n, seed, steps = _count(), _seed(), _steps()
     button = gr.Button('Vary', variant='primary')
+    _examples([picture], [[path] for path in _PICTURES])
   _connect(button, studio.variations, [picture, n, eta, seed, steps])
 
 
@@ -139,10 +146,12 @@ def _interpolate(studio: Studio) -> None:
     with gr.Row():
       one, other = _picture('First picture'), _picture('Second picture')
     noise = gr.Radio(
-      list(NOISES), value=NOISES[0], label='Noise (inverted: the ends are the pictures)'
+      list(NOISES), value=NOISES[0], label=work.NOISE, info='inverted: the ends are the pictures'
     )
     seed, steps = _seed(), _steps()
     button = gr.Button('Interpolate', variant='primary')
+    cat, apple, owl, rocket = _PICTURES
+    _examples([one, other], [[cat, owl], [apple, rocket]])
   _connect(button, studio.interpolate, [one, other, noise, seed, steps], 'From first to second')
 
 
@@ -151,15 +160,22 @@ def _text_diff(studio: Studio) -> None:
 
   with gr.Column():
     picture = _picture('Picture')
-    source = _text('What it shows', '', 'a flat cat')
-    target = _text('What it is to show', '', 'a 3D cat')
+    source = _text(work.SOURCE, '', 'a flat cat')
+    target = _text(work.TARGET, '', 'a 3D cat')
     theta = gr.Slider(0.05, 1, 0.5, step=0.05, label='How far the last frame is turned (theta)')
-    words = ('what it shows', f'"{DUMMY}"', 'nothing')
+    words = ('what it shows', f'"{DUMMY}"', 'an empty caption', 'nothing')
     baseline = gr.Radio(
-      list(zip(words, BASELINES, strict=True)), value=BASELINES[0], label='Turned away from'
+      list(zip(words, BASELINES, strict=True)), value=BASELINES[0], label=work.BASELINE
     )
     seed, steps = _seed(), _steps()
     button = gr.Button('Turn', variant='primary')
+    cat, apple, owl, _ = _PICTURES
+    turns = [
+      [cat, 'a flat cat face', 'a 3d cat face'],
+      [apple, 'a red apple', 'a green apple'],
+      [owl, 'an owl on a red background', 'an owl on a green background'],
+    ]
+    _examples([picture, source, target], turns)
   asked = [picture, source, target, theta, baseline, seed, steps]
   _connect(button, studio.text_diff, asked, 'From the picture to the text')
 
@@ -169,9 +185,11 @@ def _inpaint(studio: Studio) -> None:
 
   with gr.Column():
     drawing = _drawing()
-    prompt = _text('Prompt', '', 'what the whole is to show')
+    prompt = _text(work.PROMPT, '', 'what the whole is to show')
     n, seed, steps = _count(), _seed(), _steps()
     button = gr.Button('Paint', variant='primary')
+    captions = 'a flat tiger face', 'a 3d green apple', 'a flat cat face', 'a 3d house'
+    _examples([drawing, prompt], list(map(list, zip(_PICTURES, captions, strict=True))))
   _connect(button, studio.inpaint, [drawing, prompt, n, seed, steps])
 
 
@@ -182,6 +200,16 @@ _TABS: dict[str, Callable[[Studio], None]] = {
   'Text diff': _text_diff,
   'Inpainting': _inpaint,
 }
+
+
+def _examples(places: list[Any], values: list[list[str]]) -> None:
+  """Pictures, and words, to begin with: a click fills in the fields of a tab."""
+  import gradio as gr
+
+  # gr.Examples asks past the queue, at an address that nothing else of the page needs.
+  examples = gr.Dataset(components=places, samples=values, label='Examples', type='values')
+  how = {'show_progress': 'hidden', 'concurrency_limit': None, 'api_visibility': 'private'}
+  examples.click(lambda asked: asked if len(places) > 1 else asked[0], examples, places, **how)
 
 
 def _text(label: str, value: str, placeholder: str = '') -> Any:
@@ -195,14 +223,14 @@ def _text(label: str, value: str, placeholder: str = '') -> Any:
 def _count() -> Any:
   import gradio as gr
 
-  return gr.Slider(1, MOST_IMAGES, 1, step=1, label='How many')
+  return gr.Slider(1, MOST_IMAGES, 1, step=1, label=work.COUNT)
 
 
 def _seed() -> Any:
   import gradio as gr
 
   with gr.Row():
-    seed = gr.Number(0, label='Seed', precision=0, minimum=0, maximum=_LARGEST_SEED, scale=3)
+    seed = gr.Number(0, label=work.SEED, precision=0, minimum=0, maximum=_LARGEST_SEED, scale=3)
     dice = gr.Button('Random', scale=1, min_width=80)
   dice.click(None, None, seed, js=_RANDOM_SEED, api_visibility='private')
   return seed
@@ -212,7 +240,7 @@ def _steps() -> Any:
   import gradio as gr
 
   choices = [(str(steps) if steps else 'as usual', steps) for steps in STEPS]
-  return gr.Dropdown(choices, value=STEPS[0], label='Denoising steps')
+  return gr.Dropdown(choices, value=STEPS[0], label=work.STEPS_LABEL)
 
 
 def _picture(label: str) -> Any:

@@ -18,6 +18,7 @@ import numpy as np
 
 import unclip_jax
 from unclip_jax import manipulate
+from unclip_jax.data.vocabulary import CONCEPTS, Vocabulary
 from unclip_jax.demo import limits
 from unclip_jax.demo.limits import Drawing
 from unclip_jax.manipulate.rows import BASELINES, NOISES, Row
@@ -32,6 +33,12 @@ STEPS = (0, 10, 25, 50, 100)  # of the decoder; 0 is as the model or the manipul
 MOST_IMAGES = 4
 FRAMES = 9  # of an interpolation, both ends among them
 DIFF_FRAMES = 7  # of a text diff, the picture itself the first
+# What the page calls what people give; what is said of it is said in these words.
+COUNT, SEED, STEPS_LABEL, SIZE = 'How many', 'Seed', 'Denoising steps', 'Size, pixels'
+PROMPT, NEGATIVE = 'Prompt', 'Negative prompt'
+NOISE, BASELINE = 'Noise', 'Turned away from'
+SOURCE, TARGET = 'What it shows', 'What it is to show'
+_MOST_NAMED = 8  # concepts, of hundreds
 _LEAST_SIDE = 64  # pixels of what is put in
 _WORDS = {'preparing': 'is being prepared', 'sampling': 'is at work', 'done': 'is done'}
 
@@ -118,12 +125,12 @@ class Studio:
       guidance_scale: of the decoder; None is the model's.
       size: one of `sizes`.
     """
-    prompt = limits.caption(prompt)
-    negative = limits.caption(negative_prompt or '', 'the negative prompt') or None
-    n = settings.check_count('the number of pictures', n, 1, MOST_IMAGES)
+    prompt = settings.check_text(limits.caption(prompt, _said(PROMPT)), _said(PROMPT))
+    negative = limits.caption(negative_prompt or '', _said(NEGATIVE)) or None
+    n = settings.check_count(_said(COUNT), n, 1, MOST_IMAGES)
     seed = settings.check_seed(seed)
-    steps = limits.choice(steps, STEPS, 'the number of steps') or None
-    size = limits.choice(size, self.sizes, 'the size')
+    steps = limits.choice(steps, STEPS, _said(STEPS_LABEL)) or None
+    size = limits.choice(size, self.sizes, _said(SIZE))
 
     def draw(tell: Callable[[Shown], None]) -> Shown:
       complete: list[np.ndarray] = []
@@ -166,7 +173,7 @@ class Studio:
     self, path: Any, n: object, eta: object, seed: object, steps: object
   ) -> Iterator[Shown]:
     """`manipulate.variations` of a picture file."""
-    n = settings.check_count('the number of pictures', n, 1, MOST_IMAGES)
+    n = settings.check_count(_said(COUNT), n, 1, MOST_IMAGES)
     how = _how(seed, steps)
 
     def draw(_: Any) -> Shown:
@@ -180,7 +187,7 @@ class Studio:
     self, path: Any, other_path: Any, noise: object, seed: object, steps: object
   ) -> Iterator[Shown]:
     """`manipulate.interpolate` between two picture files, `FRAMES` of them."""
-    noise = limits.choice(noise, NOISES, 'the noise')
+    noise = limits.choice(noise, NOISES, _said(NOISE))
     how = _how(seed, steps)
 
     def draw(_: Any) -> Shown:
@@ -202,8 +209,10 @@ class Studio:
     steps: object,
   ) -> Iterator[Shown]:
     """`manipulate.text_diff` of a picture file, `DIFF_FRAMES` of them."""
-    source, target = limits.caption(source, 'the first'), limits.caption(target, 'the second')
-    baseline = limits.choice(baseline, BASELINES, 'the baseline')
+    source, target = limits.caption(source, _said(SOURCE)), limits.caption(target, _said(TARGET))
+    baseline = limits.choice(baseline, BASELINES, _said(BASELINE))
+    settings.check_text(source, _said(SOURCE), allow_empty=baseline != 'caption')
+    settings.check_text(target, _said(TARGET))
     how = _how(seed, steps)
 
     def draw(_: Any) -> Shown:
@@ -220,8 +229,8 @@ class Studio:
     self, drawing: Drawing | None, prompt: object, n: object, seed: object, steps: object
   ) -> Iterator[Shown]:
     """`manipulate.inpaint` of a picture where it was painted on."""
-    prompt = limits.caption(prompt)
-    n = settings.check_count('the number of pictures', n, 1, MOST_IMAGES)
+    prompt = limits.caption(prompt, _said(PROMPT))
+    n = settings.check_count(_said(COUNT), n, 1, MOST_IMAGES)
     how = _how(seed, steps)
 
     def draw(_: Any) -> Shown:
@@ -304,8 +313,27 @@ def _recorded() -> Iterator[list[warnings.WarningMessage]]:
     yield caught
 
 
+def hint(vocabulary: Vocabulary | None) -> str:
+  """What a model can be asked for, in one line; '' where it has no vocabulary."""
+  if vocabulary is None:
+    return ''
+  named = vocabulary.concepts[:: -(-len(vocabulary.concepts) // _MOST_NAMED)]
+  others = [
+    f'{name}: {", ".join(items)}'
+    for name, items in vocabulary.lists.items()
+    if name != CONCEPTS and len(items) <= 2 * _MOST_NAMED
+  ]
+  objects = f'{len(vocabulary.concepts):,} {CONCEPTS} such as {", ".join(named)}'
+  return f'It knows {"; ".join([objects, *others])}. `unclip-jax info --vocabulary` lists all.'
+
+
+def _said(label: str) -> str:
+  """A field of the page, within what is said of it."""
+  return f'"{label}"'
+
+
 def _how(seed: object, steps: object) -> manipulate.Drawing:
-  steps = limits.choice(steps, STEPS, 'the number of steps') or None
+  steps = limits.choice(steps, STEPS, _said(STEPS_LABEL)) or None
   return manipulate.Drawing(steps, seed=settings.check_seed(seed))
 
 

@@ -28,7 +28,7 @@ from unclip_jax.types import UnclipError
 
 NOISES = ('inverted', 'fixed')
 # What stands for the picture's own caption (section 3.3).
-BASELINES = ('caption', 'dummy', 'empty')
+BASELINES = ('caption', 'dummy', 'empty', 'none')
 DUMMY = 'a photo'
 _LEAST_APART = 1e-5  # of two captions' unit embeddings
 
@@ -141,17 +141,20 @@ def interpolate(
 
 def text_direction(
   model: Unclip,
-  source: str,
+  source: str | None,
   target: str,
-  baseline: Literal['caption', 'dummy', 'empty'] = 'caption',
+  baseline: Literal['caption', 'dummy', 'empty', 'none'] = 'caption',
 ) -> np.ndarray:
   """z_d, float32 [d]: the unit vector from one caption's embedding to another's (section 3.3).
 
+  A UserWarning names words that the model never saw, and the nearest that it knows.
+
   Args:
     model: any with CLIP's text tower.
-    source: of the picture as it is; counts for the baseline 'caption' alone.
+    source: of the picture as it is; counts for the baseline 'caption' alone, others may have None.
     target: of the picture as it is to become.
-    baseline: what z_d leads away from: 'caption', the source; 'dummy', "a photo"; 'empty'.
+    baseline: what z_d leads away from: 'caption', the source; 'dummy', "a photo"; 'empty', the
+      empty caption; 'none', nothing: z_d is the target's own embedding.
 
   Raises:
     UnclipError: an argument is not as above, or the two captions are one to CLIP.
@@ -161,9 +164,13 @@ def text_direction(
   settings.check_text(target, 'the target caption')
   if baseline == 'caption':
     settings.check_text(source, 'the source caption')
-  away = {'caption': source, 'dummy': DUMMY, 'empty': ''}[baseline]
-  z_t = np.concatenate([np.asarray(model.encode_text([text])) for text in (away, target)])
+  away = {'caption': source, 'dummy': DUMMY, 'empty': '', 'none': None}[baseline]
+  texts = [target] if away is None else [away, target]
+  z_t = np.concatenate([np.asarray(model.encode_text([text])) for text in texts])
+  model.warn_of_unseen(dict.fromkeys(texts))
   z_t = z_t / np.linalg.norm(z_t, axis=1, keepdims=True)
+  if away is None:
+    return z_t[0]
   direction = z_t[1] - z_t[0]
   length = np.linalg.norm(direction)
   if not length > _LEAST_APART:
@@ -177,11 +184,11 @@ def text_direction(
 def text_diff(
   model: Unclip,
   image: Any,
-  source: str,
+  source: str | None,
   target: str,
   theta: float = 0.5,
   n: int = 5,
-  baseline: Literal['caption', 'dummy', 'empty'] = 'caption',
+  baseline: Literal['caption', 'dummy', 'empty', 'none'] = 'caption',
   how: Drawing = AS_USUAL,
 ) -> Row:
   """A picture on its way from one caption to another (section 3.3): z_i turned towards z_d.
@@ -189,7 +196,7 @@ def text_diff(
   Args:
     model: any with a decoder that is given z_i and CLIP's text tower.
     image: [h, w, 3], uint8 or float in [-1, 1].
-    source: what it shows, such as 'a flat cat'.
+    source: what it shows, such as 'a flat cat'; as of `text_direction`.
     target: what it is to show, such as 'a 3D cat'.
     theta: how far the last frame is turned, above 0 to 1; the paper takes 0.25 to 0.5.
     n: frames, 2 or more, the first of them the picture itself.

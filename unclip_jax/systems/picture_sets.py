@@ -17,10 +17,12 @@ from PIL import Image
 
 from unclip_jax.data.examples import BrokenExample, Example, Source
 from unclip_jax.data.pictures import PictureConfig, make_picture, open_rgb
+from unclip_jax.systems.unclip import Unclip
 from unclip_jax.types import UnclipError
 
 _READ_AHEAD = 64  # pictures
 _MOST_THREADS = 8
+_SEEN_AT_ONCE = 32  # pictures, by a CLIP
 
 
 class Pictured(NamedTuple):
@@ -92,6 +94,21 @@ def read_pictures(
     finally:
       for future in waiting:
         future.cancel()
+
+
+def clip_batches(model: Unclip, source: Source) -> Iterator[np.ndarray]:
+  """All pictures of a source as a model's CLIP looks at them, uint8 [b, size, size, 3] each.
+
+  Raises:
+    UnclipError: the model has no CLIP, or as `read_pictures`.
+  """
+  model.check_has('clip')
+  vision = model.config.clip.vision
+  # Without an image tower any size will do to be told so.
+  size = 1 if vision is None else vision.image_size
+  pictures = read_pictures(source, size, 'bicubic', enlarge=True)
+  for batch, images in batches(pictures, _SEEN_AT_ONCE):
+    yield images[: len(batch)]
 
 
 def _example(source: Source, index: int) -> Example | None:

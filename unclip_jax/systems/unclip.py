@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 from warnings import warn
 
@@ -194,7 +194,7 @@ class Unclip:
     texts = dict.fromkeys([*request.captions, negative_prompt or ''])
     readers = [self.tokenizer, self.decoder_tokenizer]
     self._warn([notices.of_cut(reader, text) for reader in readers if reader for text in texts])
-    self._warn([self._notice_of_unseen(text) for text in texts])
+    self.warn_of_unseen(texts)
     n = len(request.captions)
     return model._run(request, self.batch_size(n, batch_size), progress, on_batch)
 
@@ -210,6 +210,16 @@ class Unclip:
       raise UnclipError('this model came without the text tower of its CLIP: it reads no captions')
     self._warn([notices.of_cut(self.tokenizer, text) for text in texts])
     return self._encode_text(texts)
+
+  def warn_of_unseen(self, texts: Iterable[str]) -> None:
+    """A UserWarning for each text with words that the model never saw, which names the nearest.
+
+    `sample` warns so by itself; `encode_text`, which reads sets of captions too, does not. A model
+    without a vocabulary says nothing.
+    """
+    if self.vocabulary is not None:
+      found = (notices.of_unseen(self.vocabulary, text, self._nearest_concept) for text in texts)
+      self._warn(list(found))
 
   def encode_image(self, images: Any) -> Array:
     """CLIP's embeddings z_i of images, float32 [n, embed_dim].
@@ -289,11 +299,6 @@ class Unclip:
     """What the model makes of a word that it never saw, as far as CLIP's text goes."""
     z_t = np.asarray(self._encode_text([word]))[0]
     return self.vocabulary.concepts[int((self._concepts_nd @ z_t).argmax())]
-
-  def _notice_of_unseen(self, text: str) -> str | None:
-    if self.vocabulary is None:
-      return None
-    return notices.of_unseen(self.vocabulary, text, self._nearest_concept)
 
   def _warn(self, messages: Sequence[str | None]) -> None:
     for message in filter(None, messages):
