@@ -10,6 +10,7 @@ from PIL import Image
 from tiny_model import CONFIG, TEXTS, without, write_tiny_model
 
 import unclip_jax
+from unclip_jax import manipulate
 from unclip_jax.cli import main
 from unclip_jax.config_json import override
 from unclip_jax.images import read_text
@@ -67,6 +68,14 @@ def test_a_fused_program_draws_the_models_own_size(model):
   fused = unclip_jax.fuse(model)
   assert set(fused.params) == {'clip', 'prior', 'decoder', 'upsampler_0'}
   assert set(unclip_jax.fuse(model, size=64).params) == set(model.params)
+
+
+def test_pictures_come_back_at_the_models_own_size(model):
+  """What stops at the decoder, as inversion does, is asked for no size that it lacks."""
+  picture = model.generate(APPLE, seed=3)[0]
+  how = manipulate.Drawing(num_steps=2)
+  assert manipulate.encode(model, [picture], how).x_T.shape == (1, 16, 16, 3)
+  assert manipulate.reconstruct(model, [picture], how).images[0].shape == (32, 32, 3)
 
 
 def test_the_command_line_draws_either_and_lists_both(folder, model, tmp_path, capsys):

@@ -12,6 +12,7 @@ from tiny_model import CONFIG, TEXTS, write_tiny_model
 
 from experiments.figures import (
   common,
+  edits,
   guidance,
   interpolations,
   pca,
@@ -119,6 +120,7 @@ def test_a_figure_is_drawn_from_given_pictures_by_another_model(
     (interpolations, {'FRAMES': 2}, 2, (), (2, 4), 2),
     (text_diffs, {'FRAMES': 2}, 1, (APPLE, ROCKET), (4, 3), 1),
     (typographic_attack, {'NUM_IMAGES': 2}, 1, (APPLE, ROCKET), (2, 3), 0),
+    (edits, {}, 1, (APPLE,), (5, 6), 0),
     (guidance, {'SCALES': (2.0, 2.0)}, None, (APPLE, APPLE), (2, 2), 2),
   ],
   ids=lambda value: value.__name__.split('.')[-1] if hasattr(value, '__name__') else '',
@@ -197,4 +199,4 @@ def test_figures_are_drawn_by_their_names(tmp_path, monkeypatch, capsys):
 
 
 def test_all_figures_have_names_of_their_own():
-  assert len({figure.name for figure in FIGURES}) == len(FIGURES) == 10
+  assert len({figure.name for figure in FIGURES}) == len(FIGURES) == 11

@@ -7,6 +7,7 @@ python -m experiments.figures text_diffs --model MODEL --image cat.jpg --text "a
 from experiments.figures import (
   binding,
   common,
+  edits,
   guidance,
   interpolations,
   pca,
@@ -18,7 +19,7 @@ from experiments.figures import (
   words,
 )
 
-# In the order of the paper: 3 to 9, 14 to 16.
+# In the order of the paper, 3 to 9 and 14 to 16; last what it does not draw.
 FIGURES = tuple(
   module.FIGURE
   for module in (
@@ -32,6 +33,7 @@ FIGURES = tuple(
     binding,
     reconstructions,
     words,
+    edits,
   )
 )
 

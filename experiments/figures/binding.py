@@ -1,4 +1,4 @@
-"""Figure 14: two objects and which is where, by guidance scale, with and without the text path.
+"""Figure 14: what is of which colour, by guidance scale, with and without the text path.
 
 python -m experiments.figures.binding
 python -m experiments.figures.binding --model MODEL --text "a red cube on top of a blue cube"
@@ -15,7 +15,7 @@ def binding(setup: Setup) -> Sheet:
   model, seed = setup.model, setup.how.seed
   rows, titles = [], []
   for text in setup.prompts(
-    'a rocket above a house, flat style', 'a house above a rocket, flat style'
+    'a flat red apple on a green background', 'a flat green apple on a red background'
   ):
     z_i = model.sample(text, seed, NUM_IMAGES).z_i
     for read in (text, ''):

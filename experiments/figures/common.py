@@ -22,7 +22,7 @@ from experiments.emoji.parser import Parser
 from unclip_jax import Unclip
 from unclip_jax.images import read_picture
 from unclip_jax.manipulate import Drawing, thumbnail
-from unclip_jax.systems.settings import sizes
+from unclip_jax.systems.settings import picture_size
 from unclip_jax.terminal import use_cache
 from unclip_jax.types import UnclipError
 
@@ -229,6 +229,6 @@ def make(figures: Figure | Sequence[Figure], description: str | None) -> None:
     args = parse(several, description)
     setup = make_setup(args)
     for figure in args.figures:
-      save(args.out, figure.name, figure.draw(setup), sizes(setup.model.config)[-1])
+      save(args.out, figure.name, figure.draw(setup), picture_size(setup.model.config))
 
   run(main)

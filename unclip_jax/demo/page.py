@@ -99,7 +99,7 @@ def build(studio: Studio) -> Any:
     analytics_enabled=False,
     delete_cache=(_STORED_SECONDS // 6, _STORED_SECONDS),
   ) as page:
-    about = f'The model `{html.escape(studio.name)}`, {studio.sizes[-1]} px. '
+    about = f'The model `{html.escape(studio.name)}`, {studio.size} px. '
     gr.Markdown(f'# unclip_jax\n{about}{html.escape(hint(studio.model.vocabulary), quote=False)}')
     for name, tab in _TABS.items():
       with gr.Tab(name), gr.Row():
@@ -118,7 +118,7 @@ def _generate(studio: Studio) -> None:
       steps = _steps()
       own = studio.model.config.decoder.sampling.guidance_scale
       guidance = gr.Slider(1, max(10, own), own, step=0.1, label='Guidance scale')
-      size = gr.Dropdown(list(studio.sizes), value=studio.sizes[-1], label=work.SIZE)
+      size = gr.Dropdown(list(studio.sizes), value=studio.size, label=work.SIZE)
     with gr.Row():
       button = gr.Button('Generate', variant='primary', scale=3)
       stop = gr.Button('Stop', scale=1, min_width=80)

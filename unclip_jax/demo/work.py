@@ -99,9 +99,9 @@ class Studio:
     fields = {field.name: getattr(model, field.name) for field in dataclasses.fields(Unclip)}
     self.model = InBatches(**fields, rows=rows)
     self.name = name
-    self.sizes = settings.sizes(model.config)
+    self.sizes, self.size = settings.sizes(model.config), settings.picture_size(model.config)
     sees = None if model.config.clip is None else model.config.clip.vision
-    self._side = max(_LEAST_SIDE, self.sizes[-1], 0 if sees is None else sees.image_size)
+    self._side = max(_LEAST_SIDE, self.size, 0 if sees is None else sees.image_size)
     self._turn = threading.Lock()
 
   def generate(

@@ -87,7 +87,7 @@ def encode(model: Unclip, images: Sequence[Any], how: Drawing = AS_USUAL) -> Lat
     decoder = request.decoder._replace(plan=plan, sampler=programs.INVERSION)
     return request._replace(decoder=decoder)
 
-  alone = _with_config(_unbounded(model), autoencoder=None, upsamplers=())
+  alone = _with_config(_unbounded(model), autoencoder=None, upsamplers=(), default_size=None)
   drawn = alone.sample(
     [''] * len(z_i),
     how.seed,
@@ -97,7 +97,7 @@ def encode(model: Unclip, images: Sequence[Any], how: Drawing = AS_USUAL) -> Lat
     revise=backwards,
   )
   x_T = drawn.stage_images[0]
-  small = _with_config(model, upsamplers=())
+  small = _with_config(model, upsamplers=(), default_size=None)
   back = decode(small, z_i, x_T, how=dataclasses.replace(how, size=None, guidance_scale=None))
   apart = np.abs(back.images.astype(np.int64) - np.asarray(programs.to_uint8(pixels)))
   return Latents(z_i, x_T, apart.mean(axis=(1, 2, 3)))

@@ -71,7 +71,7 @@ def sweep(
       captions, or a set is smaller than a figure needs.
   """
   _check(subject, judge)
-  size = options.resolution or settings.sizes(subject.model.config)[-1]
+  size = options.resolution or settings.picture_size(subject.model.config)
   networks = [judge.network, *([inception] if inception else [])]
   captions: list[str] = list(subject.captions or ())
 
