@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from unclip_jax.types import Array, UnclipError
 
@@ -349,36 +349,6 @@ def pmapped(fn: Callable[[Any, Any], Any], mesh: Mesh) -> Callable[[Any, Any], A
     return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:size], mapped(params, batch))
 
   return call
-
-
-def bytes_per_device(tree: Any, shardings: Any) -> int:
-  """What arrays take on each device.
-
-  Args:
-    tree: of arrays, or of their shapes and types.
-    shardings: in its structure.
-  """
-
-  def size(leaf: Any, sharding: Sharding) -> int:
-    return math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-
-  return sum(jax.tree.leaves(jax.tree.map(size, tree, shardings)))
-
-
-def described(tree: Any, shardings: Any) -> Any:
-  """Shapes and types of arrays [...], with where each of them lies: what programs are lowered for.
-
-  Args:
-    tree: of arrays, or of their shapes and types.
-    shardings: in its structure, or one for all.
-  """
-  if isinstance(shardings, Sharding):
-    shardings = jax.tree.map(lambda _: shardings, tree)
-  return jax.tree.map(
-    lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-    tree,
-    shardings,
-  )
 
 
 def _place(tree: Any, shardings: Any, mesh: Mesh) -> Any:
