@@ -60,7 +60,7 @@ def by_hand(number: int, address: str) -> list[str]:
   return [f'--coordinator={address}', '--num-processes=2', f'--process-id={number}']
 
 
-def losses(run: Path, stage: str) -> dict[int, float]:
-  """Those of the steps in the log."""
+def losses(run: Path, stage: str, name: str = 'loss') -> dict[int, float]:
+  """Those of the steps in the log, or another column of it."""
   with (run / stage / 'metrics.csv').open() as file:
-    return {int(row['step']): float(row['loss']) for row in csv.DictReader(file) if row['loss']}
+    return {int(row['step']): float(row[name]) for row in csv.DictReader(file) if row[name]}

@@ -22,12 +22,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from unclip_jax.types import Array, UnclipError
 
 DATA_AXIS = 'data'
 MODEL_AXIS = 'model'
+REST_AXIS = 'rest'  # the minor part of `data`, of a parameter that two axes share it for
 # Numbers of an array that is split over `data`: of smaller ones a message costs more than a copy.
 FSDP_MIN_SIZE = 2**14
 
@@ -112,7 +113,8 @@ def param_spec(
   Over `model` that of the rules, else the largest that divides, the last of equal ones. Biases,
   norms, positions and what has no axis that divides are whole on each device. Over `data`, of an
   array of `FSDP_MIN_SIZE` numbers or more, the largest of the others that divides, else a part of
-  a part.
+  a part. Where none divides (1664 by 256), one that divides furthest takes a part of `data`, and
+  the first that divides by what is left of it, `rest`, that; if none does, there are `rest` copies.
 
   Args:
     path: its keys, joined by slashes.
@@ -120,7 +122,15 @@ def param_spec(
     model_devices: how many parts over `model`.
     data_devices: how many parts over `data`.
   """
+  return _split(path, shape, model_devices, data_devices)[0]
+
+
+def _split(
+  path: str, shape: tuple[int, ...], model_devices: int, data_devices: int
+) -> tuple[PartitionSpec, int]:
+  """That of `param_spec`, and how many parts `rest` has."""
   spec: list[Any] = [None] * len(shape)
+  rest = 1
   by_size = sorted(range(len(shape)), key=lambda axis: (-shape[axis], -axis))
   if model_devices > 1 and len(shape) > 1 and not _WHOLE.fullmatch(path):
     axes = list(by_size)
@@ -133,24 +143,39 @@ def param_spec(
         spec[axis] = MODEL_AXIS
         break
   if data_devices > 1 and math.prod(shape) >= FSDP_MIN_SIZE and not _WHOLE.fullmatch(path):
-    for axis in sorted(by_size, key=lambda axis: spec[axis] is not None):
-      if spec[axis] is None and shape[axis] % data_devices == 0:
-        spec[axis] = DATA_AXIS
-        break
-      if spec[axis] is not None and shape[axis] % (model_devices * data_devices) == 0:
-        spec[axis] = (MODEL_AXIS, DATA_AXIS)
-        break
+    parts = [
+      (math.gcd(shape[axis] // (model_devices if spec[axis] else 1), data_devices), axis)
+      for axis in sorted(by_size, key=lambda axis: spec[axis] is not None)
+    ]
+    most, first = max(parts, key=lambda part: part[0])  # of equal ones that which comes first
+    if most > 1:
+      rest, names = data_devices // most, {first: DATA_AXIS}
+      others = [axis for part, axis in parts if axis != first and part % rest == 0]
+      if rest > 1 and others:
+        names[others[0]] = REST_AXIS
+      for axis, name in names.items():
+        spec[axis] = (spec[axis], name) if spec[axis] else name
   while spec and spec[-1] is None:
     spec.pop()
-  return PartitionSpec(*spec)
+  return PartitionSpec(*spec), rest
 
 
 def param_sharding(
   path: str, shape: tuple[int, ...], mesh: Mesh, fsdp: bool = False
 ) -> NamedSharding:
-  """Returns the placement of `param_spec` on a mesh; over its `data` axis too if `fsdp`."""
-  data_devices = mesh.shape[DATA_AXIS] if fsdp else 1
-  return NamedSharding(mesh, param_spec(path, shape, mesh.shape[MODEL_AXIS], data_devices))
+  """Returns the placement of `param_spec` on a mesh; over its `data` axis too if `fsdp`.
+
+  Of a parameter that two axes share `data` for, on the same devices as `data`, `rest` and `model`.
+  """
+  data, model = mesh.shape[DATA_AXIS], mesh.shape[MODEL_AXIS]
+  spec, rest = _split(path, shape, model, data if fsdp else 1)
+  if rest > 1:
+    mesh = Mesh(
+      mesh.devices.reshape(data // rest, rest, model),
+      (DATA_AXIS, REST_AXIS, MODEL_AXIS),
+      axis_types=(AxisType.Auto,) * 3,
+    )
+  return NamedSharding(mesh, spec)
 
 
 def state_shardings(state: Any, mesh: Mesh, fsdp: bool = False) -> Any:
@@ -324,36 +349,6 @@ def pmapped(fn: Callable[[Any, Any], Any], mesh: Mesh) -> Callable[[Any, Any], A
     return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:size], mapped(params, batch))
 
   return call
-
-
-def bytes_per_device(tree: Any, shardings: Any) -> int:
-  """What arrays take on each device.
-
-  Args:
-    tree: of arrays, or of their shapes and types.
-    shardings: in its structure.
-  """
-
-  def size(leaf: Any, sharding: Sharding) -> int:
-    return math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-
-  return sum(jax.tree.leaves(jax.tree.map(size, tree, shardings)))
-
-
-def described(tree: Any, shardings: Any) -> Any:
-  """Shapes and types of arrays [...], with where each of them lies: what programs are lowered for.
-
-  Args:
-    tree: of arrays, or of their shapes and types.
-    shardings: in its structure, or one for all.
-  """
-  if isinstance(shardings, Sharding):
-    shardings = jax.tree.map(lambda _: shardings, tree)
-  return jax.tree.map(
-    lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-    tree,
-    shardings,
-  )
 
 
 def _place(tree: Any, shardings: Any, mesh: Mesh) -> Any:

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import jax
 
 from unclip_jax.configs import UnclipConfig
-from unclip_jax.sharding import Mesh, batch_sharding, described, param_shardings
+from unclip_jax.sharding import Mesh, batch_sharding, param_shardings
 from unclip_jax.systems import by_columns, pipeline, requests
+from unclip_jax.systems.described import described
 from unclip_jax.systems.loading import expected_params
 from unclip_jax.systems.samples import OF_ROWS, Request
 

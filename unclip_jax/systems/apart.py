@@ -7,7 +7,14 @@ from typing import Any
 
 import jax
 
-from unclip_jax.sharding import DATA_AXIS, Mesh, NamedSharding, PartitionSpec, param_sharding
+from unclip_jax.sharding import (
+  DATA_AXIS,
+  REST_AXIS,
+  Mesh,
+  NamedSharding,
+  PartitionSpec,
+  param_sharding,
+)
 from unclip_jax.train.sam import Parts
 from unclip_jax.types import Array
 
@@ -38,8 +45,10 @@ def apart(
   def own_spec(path: Any, leaf: Any) -> PartitionSpec:
     """Which axis of a parameter is split over `data`."""
     name = jax.tree_util.keystr(path, simple=True, separator='/')
-    spec = param_sharding(name, leaf.shape, mesh, fsdp).spec
-    axes = [axis if isinstance(axis, tuple) else (axis,) for axis in spec]
+    placed = param_sharding(name, leaf.shape, mesh, fsdp)
+    if REST_AXIS in placed.mesh.shape:  # as no part here is one of its, each device is given it all
+      return PartitionSpec()
+    axes = [axis if isinstance(axis, tuple) else (axis,) for axis in placed.spec]
     return PartitionSpec(*(DATA_AXIS if DATA_AXIS in names else None for names in axes))
 
   def spread(a: Array) -> Array:

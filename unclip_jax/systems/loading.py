@@ -19,7 +19,7 @@ from unclip_jax.configs import (
   StableUnclipDecoderConfig,
   UnclipConfig,
 )
-from unclip_jax.sharding import Mesh, described, make_mesh, param_shardings, shard_params
+from unclip_jax.sharding import Mesh, make_mesh, param_shardings, shard_params
 from unclip_jax.stages import (
   ar_prior,
   autoencoder,
@@ -32,6 +32,7 @@ from unclip_jax.stages import (
 )
 from unclip_jax.systems import by_columns, formats
 from unclip_jax.systems.adapters import merge_files
+from unclip_jax.systems.described import described
 from unclip_jax.systems.offload import Offloaded
 from unclip_jax.types import Array, Params, UnclipError
 from unclip_jax.weights import hub

@@ -21,12 +21,11 @@ from unclip_jax.measure.roofline import Roofline, roofline
 from unclip_jax.sharding import (
   DATA_AXIS,
   batch_sharding,
-  bytes_per_device,
-  described,
   replicated,
   state_shardings,
 )
 from unclip_jax.systems import ahead, bench_figures, bench_subject, requests
+from unclip_jax.systems.described import bytes_per_device, described
 from unclip_jax.systems.fsdp import placed
 from unclip_jax.systems.loading import expected_params
 from unclip_jax.systems.machines import Machine
