@@ -6,12 +6,12 @@ import json
 import jax
 import numpy as np
 import pytest
+from commands import run
 from PIL import Image
 from tiny_model import CONFIG, TEXTS, without, write_tiny_model
 
 import unclip_jax
 from unclip_jax import manipulate
-from unclip_jax.cli import main
 from unclip_jax.config_json import override
 from unclip_jax.images import read_text
 from unclip_jax.systems.checks import check_config
@@ -82,7 +82,7 @@ def test_the_command_line_draws_either_and_lists_both(folder, model, tmp_path, c
   enabled = jax.config.jax_enable_compilation_cache
   for size, asked in ((32, []), (64, ['--size', '64'])):
     out = tmp_path / str(size)
-    main(['generate', APPLE, '--model', str(folder), '--out', str(out), '--no-cache', *asked])
+    assert run('generate', APPLE, '--model', folder, '--out', out, '--no-cache', *asked) == 0
     (path,) = out.glob('*-00.png')
     with Image.open(path) as picture:
       assert picture.size == (size, size)
@@ -90,7 +90,7 @@ def test_the_command_line_draws_either_and_lists_both(folder, model, tmp_path, c
     assert settings['size'] == size and len(settings['upsamplers']) == size // 32
   jax.config.update('jax_enable_compilation_cache', enabled)
   capsys.readouterr()
-  main(['info', '--model', str(folder)])
+  assert run('info', '--model', folder) == 0
   assert '16, 32, 64 px; 32 unless --size asks for another' in capsys.readouterr().out
 
 

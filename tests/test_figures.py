@@ -146,7 +146,7 @@ def test_a_figure_has_its_rows_and_equal_latents_give_equal_pixels(
     # The picture that was given is not what was drawn, nor are those of other latents.
     assert first == 0 or (thumbnail(row[0], 16) != thumbnail(row[1], 16)).any()
     for picture in row[first + equal : len(row) - (module is interpolations)]:
-      assert (picture != row[first]).any() or equal == 0
+      assert equal == 0 or (picture != row[first]).any()
   if figure is guidance.FIGURE:  # the same caption
     np.testing.assert_array_equal(sheet.rows[0], sheet.rows[1])
   if figure is text_diffs.FIGURE:  # the same picture, told from four things
