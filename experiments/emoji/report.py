@@ -51,13 +51,13 @@ def labelled_grid(images: np.ndarray, captions: list[str]) -> Image.Image:
   return sheet
 
 
-def truths_of(options: dict, split: str, num: int) -> list[Truth]:
+def truths_of(sprites: Sprites, options: dict, split: str, num: int) -> list[Truth]:
   """Truths of different sprites of a split, single objects, in the data set's order.
 
   Where there are fewer than `num` sprites, they come again on other backgrounds.
   """
   source = CaptionedEmoji(
-    load_sprites(None),
+    sprites,
     32,
     num * 20,
     seed=1,
@@ -152,7 +152,7 @@ def main(argv: list[str] | None = None) -> None:
     ('val_concepts', 'Held-out concepts: never seen in any style'),
     ('train', 'Captions of the training set'),
   ):
-    truths = truths_of(options, split, COLUMNS * COLUMNS)
+    truths = truths_of(sprites, options, split, COLUMNS * COLUMNS)
     captions = [truth.caption for truth in truths]
     images = np.concatenate(
       [model.sample(c, seed=0, first_image=i).images for i, c in enumerate(captions)]
