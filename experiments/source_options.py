@@ -1,6 +1,7 @@
 """The options that name a source of captioned pictures, shared by the scripts that read one."""
 
 import argparse
+import os
 from typing import Any
 
 from unclip_jax.data.examples import Source
@@ -44,7 +45,12 @@ def open_source(args: argparse.Namespace) -> Source:
 def describe_source(args: argparse.Namespace) -> str:
   """What tells a source from others, for the files that are made of it."""
   if args.shards:
-    return f'shards {" ".join(args.shards)}'
+    return f'shards {" ".join(map(_absolute, args.shards))}'
   if args.folder:
-    return f'folder {args.folder}'
-  return f'tfds {args.tfds} {args.split} {args.image_feature} {args.caption_feature}'
+    return f'folder {_absolute(args.folder)}'
+  return f'tfds {_absolute(args.tfds)} {args.split} {args.image_feature} {args.caption_feature}'
+
+
+def _absolute(path: str) -> str:
+  """The same wherever a command is started."""
+  return path if '://' in path else os.path.abspath(path)

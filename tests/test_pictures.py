@@ -149,7 +149,12 @@ def test_degradation_is_of_the_crop():
 def test_what_cannot_be_decoded_is_broken(content):
   with pytest.raises(BrokenExample, match='it: not a picture that can be read') as error:
     whole(content)
-  assert '\n' not in str(error.value)
+  assert '\n' not in str(error.value) and ' at 0x' not in str(error.value)
+
+
+def test_sixteen_bits_are_sixteen_however_dark():
+  dark = encoded(Image.fromarray(np.full((24, 24), 200, np.uint16)))
+  assert (whole(dark) == 1).all()
 
 
 def test_sizes_that_are_broken(monkeypatch):

@@ -1,6 +1,7 @@
 """Training on any captioned pictures: by any number of processes, on at the exact example."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,11 @@ class Killed(Exception):
   pass
 
 
+def copied(shards: Path) -> Path:
+  """As many examples, which need not be the same."""
+  return Path(shutil.copytree(shards, shards.parent / 'copy', dirs_exist_ok=True))
+
+
 def until_killed(monkeypatch):
   """Ends a script an update after a checkpoint: it is made again."""
   write = RunLog.write
@@ -101,6 +107,14 @@ def test_a_killed_run_continues_at_the_exact_example(shards, whole, tmp_path, mo
   assert (tmp_path / file).read_bytes() == (whole / file).read_bytes()
   with pytest.raises(UnclipError, match='had batch_size 8 before and has 4 now: take what it had'):
     train_clip.main([*arguments, '--batch-size=4'])
+  options = (tmp_path / 'clip' / 'options.json').read_text()
+  for given, found in (
+    ([a for a in arguments if 'shards' not in a] + ['--pool-size=16'], 'emoji'),
+    ([a for a in arguments if 'shards' not in a] + [f'--shards={copied(shards)}'], 'shards .*copy'),
+  ):
+    with pytest.raises(UnclipError, match=f'was trained on shards .*, and is given {found} now'):
+      train_clip.main(given)
+  assert (tmp_path / 'clip' / 'options.json').read_text() == options
   (tmp_path / 'clip' / 'pipeline.json').unlink()
   with pytest.raises(UnclipError, match=r'has checkpoints, but no pipeline\.json that can be read'):
     train_clip.main(arguments)

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from experiments.emoji.checks import check_contrast, check_lora, check_numbers, check_source
 from experiments.emoji.parser import PRESET, add_contrast, add_lora, add_source, make_parser
 from experiments.emoji.vocabulary import fit_to_tokenizer
 from experiments.source_options import describe_source, pop_source
@@ -206,17 +207,17 @@ def parse_options(
   if args.dtype is None:
     args.dtype = 'float32' if on_cpu else 'bfloat16'
   given['source'] = pop_source(given) if has_source else None
-  _check_numbers(args)
-  _check_lora(args)
+  check_numbers(args)
+  check_lora(args)
   if has_contrast:
-    _check_contrast(args)
+    check_contrast(args)
   if has_source and args.source is None and args.embeddings is not None:
     raise UnclipError(
       '--embeddings: the pictures that they are of are needed too: give them by --shards, --folder '
       'or --tfds'
     )
   if args.source is not None or args.embeddings is not None:
-    _check_source(args)
+    check_source(args)
   del given['recipe']
   preset_name, assignments = given.pop('preset'), given.pop('assignments')
   text_drop = given.pop('text_drop', None)
@@ -251,7 +252,21 @@ def parse_options(
 
 
 def save_options(train: TrainConfig, folder: Path) -> None:
-  """Writes what a stage is trained with to `options.json` in its folder; the first process does."""
+  """Writes what a stage is trained with to `options.json` in its folder; the first process does.
+
+  Raises:
+    UnclipError: a run that continues was trained on something else.
+  """
+  path = folder / 'options.json'
+  given = _examples(train.source and describe_source(train.source), train.embeddings)
+  if path.exists() and any(x.name.isdecimal() for x in (folder / 'checkpoints').glob('*')):
+    there = json.loads(path.read_text())
+    before = _examples(there.get('source'), there.get('embeddings'))
+    if before != given:
+      raise UnclipError(
+        f'{folder} was trained on {before}, and is given {given} now: give what it had, or take '
+        'a new --run'
+      )
   if jax.process_index() > 0:
     return
   apart = ('config', 'tokenizer', 'optimizer', 'styles', 'groups', 'labels', 'source')
@@ -264,7 +279,13 @@ def save_options(train: TrainConfig, folder: Path) -> None:
   options |= {'config': config_json.to_json(train.config), 'optimizer': vars(train.optimizer)}
   options['source'] = train.source and describe_source(train.source)
   folder.mkdir(parents=True, exist_ok=True)
-  (folder / 'options.json').write_text(json.dumps(options, indent=2) + '\n')
+  path.write_text(json.dumps(options, indent=2) + '\n')
+
+
+def _examples(source: str | None, embeddings: object) -> str:
+  """What a run learns from, in words."""
+  told = ([f'embeddings {embeddings}'] if embeddings else []) + ([source] if source else [])
+  return ' of '.join(told) or 'emoji'
 
 
 def _recipe(name: str | None, upsampler: int) -> Recipe:
@@ -290,90 +311,6 @@ def _join(given: dict[str, Any]) -> bool:
   host, pid = socket.gethostname(), os.getpid()
   print(f'process {index} of {count} is {pid} on {host}', file=sys.stderr, flush=True)
   return True
-
-
-def _check_numbers(args: argparse.Namespace) -> None:
-  positive = ('steps', 'batch_size', 'chunk', 'save_every', 'keep', 'model_devices', 'accumulate')
-  for name in positive:
-    if getattr(args, name) < 1:
-      raise UnclipError(f'--{name.replace("_", "-")} {getattr(args, name)}: take 1 or more')
-  if args.steps % args.chunk:
-    raise UnclipError(f'--steps {args.steps}: take a multiple of --chunk {args.chunk}')
-  if args.spike_factor is not None and not 1 < args.spike_factor < math.inf:
-    raise UnclipError(f'--spike-factor {args.spike_factor:g}: take a number above 1')
-  if args.draft_steps < 0:
-    raise UnclipError(f'--draft-steps {args.draft_steps}: take 0 or more')
-  if args.source is None and args.embeddings is None and args.pool_size < args.batch_size:
-    raise UnclipError(
-      f'--pool-size {args.pool_size}: take at least the {args.batch_size} of --batch-size'
-    )
-  for name, most in (('scene_fraction', 1), ('ema_decay', 1), ('jitter', 0.5)):
-    value = getattr(args, name)
-    if not 0 <= value <= most:
-      raise UnclipError(f'--{name.replace("_", "-")} {value:g}: take a fraction from 0 to {most:g}')
-  if args.dtype not in ('float32', 'bfloat16'):
-    raise UnclipError(f'--dtype {args.dtype}: take float32 or bfloat16')
-  if args.batch_size % args.accumulate:
-    raise UnclipError(
-      f'--accumulate {args.accumulate}: take a number that divides the {args.batch_size} of '
-      '--batch-size'
-    )
-
-
-def _check_lora(args: argparse.Namespace) -> None:
-  name = '--lora' if args.init_lora is None else '--init-lora'
-  if args.lora is None and args.init_lora is None:
-    if args.lora_alpha is not None:
-      raise UnclipError('--lora-alpha: it scales the adapters of --lora: give their rank by it')
-    return
-  if args.lora is not None and args.lora < 1:
-    raise UnclipError(f'--lora {args.lora}: take a rank of 1 or more')
-  if args.lora_alpha is not None and not 0 < args.lora_alpha < math.inf:
-    raise UnclipError(f'--lora-alpha {args.lora_alpha:g}: take a number above 0')
-  if args.accumulate > 1:
-    raise UnclipError(
-      f'{name}: adapters see whole batches: take a smaller --batch-size in place of --accumulate, '
-      'or --remat'
-    )
-  if args.init is None:
-    raise UnclipError(f'{name}: adapters change a model that is trained: give it by --init MODEL')
-  if args.preset is not None:
-    raise UnclipError(f'{name}: adapters are for the networks of --init: leave --preset out')
-  if args.init_lora is not None and (args.lora is not None or args.lora_alpha is not None):
-    raise UnclipError(
-      '--init-lora: its adapters have a rank and a scale: leave --lora and --lora-alpha out'
-    )
-
-
-def _check_contrast(args: argparse.Namespace) -> None:
-  if args.accumulate > 1:
-    raise UnclipError(
-      f'--accumulate {args.accumulate}: the contrastive loss compares all of a batch: take '
-      '--cache-chunk in its place'
-    )
-  if args.sam_rho is not None and not 0 <= args.sam_rho < math.inf:
-    raise UnclipError(f'--sam-rho {args.sam_rho:g}: take 0 or more')
-  if args.sam_rho is not None and args.cache_chunk is not None:
-    raise UnclipError(
-      '--cache-chunk: with --sam-rho the activations of --sam-group examples are held at a time: '
-      'leave it out'
-    )
-  names = ('cache_chunk', 'loss_chunk', *(() if args.sam_rho is None else ('sam_group',)))
-  for name in names:
-    size = getattr(args, name)
-    if size is not None and (size < 1 or args.batch_size % size):
-      raise UnclipError(
-        f'--{name.replace("_", "-")} {size}: take a number that divides the {args.batch_size} of '
-        '--batch-size'
-      )
-
-
-def _check_source(args: argparse.Namespace) -> None:
-  for name in ('styles', 'groups', 'labels', 'data'):
-    if getattr(args, name):
-      raise UnclipError(f'--{name}: it chooses emoji, and other examples are given: leave it out')
-  if args.workers < 0:
-    raise UnclipError(f'--workers {args.workers}: take 0 or more')
 
 
 def _choose_model(

@@ -94,7 +94,11 @@ def add_lora(parser: Parser) -> None:
 def add_contrast(parser: Parser) -> None:
   """The options of a script that trains CLIP, whose loss compares all of a batch."""
   add = parser.add_argument
-  add('--sam-rho', type=float, help="length of SAM's perturbations; 0.1 in the paper")
+  add(
+    '--sam-rho',
+    type=float,
+    help="length of SAM's perturbations; in the paper 0.1; 0 for none",
+  )
   add('--sam-group', type=int, help='examples that share a perturbation')
   add('--cache-chunk', type=int, help='examples whose activations are held at a time (all)')
   add('--loss-chunk', type=int, help='columns of logits that are held at a time (all)')

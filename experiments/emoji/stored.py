@@ -21,7 +21,7 @@ from unclip_jax.data.pictures import PictureConfig
 from unclip_jax.data.pipeline import PictureRows, Rows
 from unclip_jax.types import Array, UnclipError
 
-MOST_SAMPLED = 65536
+MOST_SAMPLED = 16384
 ENCODED = 512  # captions at a time
 OF_TOKENS = ('states', 'z_t')  # computed where they are not stored
 

@@ -5,6 +5,7 @@ continues takes up the next example, whatever the number of processes and of wor
 """
 
 import json
+import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -154,7 +155,13 @@ def open_rows(
   num_trained = len(rows) - num_held_out
   if num_trained < 1:
     raise UnclipError(
-      f'{about}: {len(rows)} examples, of which {num_held_out} are held out: take more'
+      f'{about}: {len(rows)} examples, of which {num_held_out} are held out: take more, at best '
+      'thousands'
+    )
+  if num_trained < num_held_out:
+    warnings.warn(
+      f'{about}: {num_held_out} of {len(rows)} examples are held out, {num_trained} are trained on',
+      stacklevel=2,
     )
   folder = train.run / stage
   pipeline = Pipeline(
@@ -165,14 +172,16 @@ def open_rows(
     read_ahead=READ_AHEAD,
     broken_file=folder / f'broken_{jax.process_index()}.jsonl',
   )
-  if any((folder / 'checkpoints').glob('[0-9]*')):
+  if any(path.name.isdecimal() for path in (folder / 'checkpoints').glob('*')):
     pipeline.set_state(_read_state(folder))
   elif jax.process_index() == 0:
     state = pipeline.get_state() | {'source': about}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / STATE_NAME).write_text(json.dumps(state, indent=2) + '\n')
   last = Part(rows, num_trained, len(rows))
-  with Pipeline(last, PipelineConfig(num_held_out, shuffle=False)) as held_out:
+  broken = folder / f'broken_held_out_{jax.process_index()}.jsonl'
+  once = PipelineConfig(num_held_out, shuffle=False)
+  with Pipeline(last, once, broken_file=broken) as held_out:
     return Stream(pipeline, train.batch_size, mesh, prepare), _arrays(next(held_out))
 
 

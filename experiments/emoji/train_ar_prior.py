@@ -151,11 +151,11 @@ def main(argv: list[str] | None = None) -> None:
   updates = common.make_updates(train, train_step, make_batch)
   state = sharding.place_state(init_state(params, optimizer), mesh, train.fsdp)
   folder = train.run / 'prior'
-  save_options(train, folder)
   watch = make_watch(train, folder, train_step, make_batch)
   with Checkpoints(folder / 'checkpoints', train.keep) as checkpoints:
     if checkpoints.latest_step() is not None:
       state = checkpoints.restore(state)
+    save_options(train, folder)  # not where what is there is of another model
     time_is_up = common.deadline(train.minutes)
     preemption = Preemption(processes.any_process)
     with preemption, RunLog(folder, train.steps, resume_step=int(state.step)) as log:

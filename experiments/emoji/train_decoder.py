@@ -170,7 +170,6 @@ def main(argv: list[str] | None = None) -> None:
     return decoder.sample(config, params, text, uncond, rows['z_i'], key_b, plan, sampler, scale)[0]
 
   folder = train.run / 'decoder'
-  save_options(train, folder)
   watch = make_watch(train, folder, train_step, make_batch, tuning.frozen)
   with Checkpoints(folder / 'checkpoints', train.keep) as checkpoints:
     is_new = checkpoints.latest_step() is None
@@ -182,6 +181,7 @@ def main(argv: list[str] | None = None) -> None:
       state = checkpoints.restore(state)
     elif learns_draft:
       checkpoints.save(0, state)
+    save_options(train, folder)  # not where what is there is of another model
     preemption = Preemption(processes.any_process)
     with preemption, RunLog(folder, train.steps, resume_step=int(state.step)) as log:
       step = int(state.step)

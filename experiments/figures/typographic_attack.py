@@ -4,7 +4,8 @@ r"""Figure 6: a word is pasted on an object; what CLIP takes it for, and what va
   python -m experiments.figures.typographic_attack --model MODEL --image apple.jpg \
     --text "an apple" "an iPod" "a pizza"
 
-The second of the captions is what is written. The embedded CLIP never saw a word in a picture.
+What is written is the second of the captions, without its first word, an article. The embedded CLIP
+never saw a word in a picture.
 """
 
 import numpy as np

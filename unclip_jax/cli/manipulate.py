@@ -384,6 +384,7 @@ def _run(
       'prior_model': common.prior_model,
       'dtype': common.dtype,
       **dataclasses.asdict(how),
+      'num_images': len(row.images),
       'measured': row.measured,
       'software': f'unclip_jax {unclip_jax.__version__}, jax {metadata.version("jax")}',
     }

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import IO, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from unclip_jax.data import degradations
 from unclip_jax.data.examples import BrokenExample
@@ -106,6 +106,8 @@ def make_picture(
       image = open_rgb(io.BytesIO(content), config.size)
   except Exception as error:  # of as many types as there are formats
     reason = (str(error).strip().splitlines() or [''])[0]
+    if isinstance(error, UnidentifiedImageError):  # whose text has an address of memory in it
+      reason = 'of no known format'
     raise BrokenExample(name, f'not a picture that can be read: {reason}') from error
   if min(image.size) < config.least_side:
     raise BrokenExample(name, f'{image.width}x{image.height} pixels, too few')
@@ -147,7 +149,8 @@ def open_rgb(
   ImageOps.exif_transpose(image, in_place=True)
   if image.mode.startswith(('I', 'F')):  # 16 bits or more a pixel
     levels = np.nan_to_num(np.asarray(image, np.float64))
-    largest = 65535 if levels.max() > 255 else 255
+    # Mode 'I' does not say of how many bits its file was.
+    largest = 65535 if image.mode.startswith('I;16') or levels.max() > 255 else 255
     if image.mode == 'F' and levels.max() <= 1:
       largest = 1
     image = Image.fromarray(np.uint8(np.clip(levels / largest, 0, 1) * 255 + 0.5))

@@ -70,7 +70,7 @@ def inpaint(
     UnclipError: an argument is not as above, or the model has not what it takes.
   """
   picture, is_anew = _check_masked(image, mask)
-  settings.check_count('the number of pictures', n)
+  settings.check_count('the number of pictures', n, 1, settings.MAX_IMAGES)
   settings.check_count('jump', jump)
   if times is not None:
     settings.check_count('times', times)
@@ -213,7 +213,7 @@ def image_to_image(
       little noised as that.
   """
   (picture,) = check_pictures([image])
-  settings.check_count('the number of pictures', n)
+  settings.check_count('the number of pictures', n, 1, settings.MAX_IMAGES)
   strength = settings.check_number('the strength', strength)
   if not 0 < strength <= 1:
     raise UnclipError(f'the strength is {strength:g}: take more than 0, to 1')

@@ -84,7 +84,7 @@ def variations(
   Raises:
     UnclipError: an argument is not as above, or the model has not what it takes.
   """
-  settings.check_count('the number of variations', n)
+  settings.check_count('the number of variations', n, 1, settings.MAX_IMAGES)
   eta = _check_share('eta', eta)
   latents = encode(model, [image], how)
   if how.guidance_scale is None:
