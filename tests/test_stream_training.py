@@ -115,6 +115,9 @@ def test_a_killed_run_continues_at_the_exact_example(shards, whole, tmp_path, mo
     with pytest.raises(UnclipError, match=f'was trained on shards .*, and is given {found} now'):
       train_clip.main(given)
   assert (tmp_path / 'clip' / 'options.json').read_text() == options
+  (tmp_path / 'clip' / 'options.json').write_text(options[:40])  # as a killed process left it
+  train_clip.main([*arguments, '--workers=1'])
+  assert (tmp_path / 'clip' / 'options.json').read_text() == options
   (tmp_path / 'clip' / 'pipeline.json').unlink()
   with pytest.raises(UnclipError, match=r'has checkpoints, but no pipeline\.json that can be read'):
     train_clip.main(arguments)

@@ -1,6 +1,7 @@
 """The options that the training scripts share."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
@@ -29,6 +30,7 @@ from unclip_jax.train.presets import Recipe, paper_recipe
 from unclip_jax.train.state import OptimizerConfig, make_learning_rate
 from unclip_jax.types import UnclipError
 from unclip_jax.weights.folder import TOKENIZER_NAME
+from unclip_jax.weights.safetensors import write_atomically
 
 TOKENIZER = Path(__file__).parent / 'tokenizer.json'
 
@@ -260,9 +262,11 @@ def save_options(train: TrainConfig, folder: Path) -> None:
   path = folder / 'options.json'
   given = _examples(train.source and describe_source(train.source), train.embeddings)
   if path.exists() and any(x.name.isdecimal() for x in (folder / 'checkpoints').glob('*')):
-    there = json.loads(path.read_text())
-    before = _examples(there.get('source'), there.get('embeddings'))
-    if before != given:
+    there = None
+    with contextlib.suppress(ValueError, OSError):  # damaged, it says nothing
+      there = json.loads(path.read_text())
+    before = there and _examples(there.get('source'), there.get('embeddings'))
+    if before and before != given:
       raise UnclipError(
         f'{folder} was trained on {before}, and is given {given} now: give what it had, or take '
         'a new --run'
@@ -279,7 +283,8 @@ def save_options(train: TrainConfig, folder: Path) -> None:
   options |= {'config': config_json.to_json(train.config), 'optimizer': vars(train.optimizer)}
   options['source'] = train.source and describe_source(train.source)
   folder.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps(options, indent=2) + '\n')
+  text = json.dumps(options, indent=2) + '\n'
+  write_atomically(path, lambda part: part.write_text(text))
 
 
 def _examples(source: str | None, embeddings: object) -> str:
