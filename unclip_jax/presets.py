@@ -167,7 +167,7 @@ EMOJI_SMALL = UnclipConfig(
   default_size=128,
 )
 
-# On an accelerator; like `emoji_small` it stays below 28 MiB in bfloat16, to come with the package.
+# On an accelerator; in bfloat16 it stays below 28 MiB, to come with the package.
 EMOJI = UnclipConfig(
   clip=dataclasses.replace(
     EMOJI_SMALL.clip,

@@ -67,7 +67,6 @@ def check_contrast(args: argparse.Namespace) -> None:
     )
   if args.sam_rho is not None and not 0 <= args.sam_rho < math.inf:
     raise UnclipError(f'--sam-rho {args.sam_rho:g}: take 0 or more')
-  args.sam_rho = args.sam_rho or None
   if args.sam_rho is not None and args.cache_chunk is not None:
     raise UnclipError(
       '--cache-chunk: with --sam-rho (--recipe paper gives it) the activations of --sam-group '

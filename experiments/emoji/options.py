@@ -211,6 +211,7 @@ def parse_options(
   given['source'] = pop_source(given) if has_source else None
   check_numbers(args)
   check_lora(args)
+  args.sam_rho = args.sam_rho or None  # 0 is none
   if has_contrast:
     check_contrast(args)
   if has_source and args.source is None and args.embeddings is not None:

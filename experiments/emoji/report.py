@@ -158,7 +158,7 @@ def main(argv: list[str] | None = None) -> None:
       [model.sample(c, seed=0, first_image=i).images for i, c in enumerate(captions)]
     )
     name = f'emoji_{split}.webp'
-    labelled_grid(images, captions).save(args.images / name, quality=80)
+    labelled_grid(images, captions).save(args.images / name, quality=60, method=6)
     objects = len({truth.sprite_index for truth in truths})
     sections.append(
       f'## {what}\n\n![{len(captions)} samples of {objects} objects]({args.images.name}/{name})\n'

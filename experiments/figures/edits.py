@@ -15,7 +15,7 @@ STRENGTHS = (0.05, 0.1, 0.15, 0.2, 0.3)  # one more
 
 
 def edits(setup: Setup) -> Sheet:
-  """A row each: a half painted anew, a margin, two edits in turn, and noised more and more."""
+  """A row each: a half painted anew, a margin, halves in turn, and noised more and more."""
   (picture,) = setup.pictures('cat face, 3d, blue')
   (text,) = setup.prompts('a 3d tiger face on a blue background')
   model, how = setup.model, setup.how
